@@ -185,7 +185,9 @@ class Host:
             self._fd: int = self.call(self._create)
         except OSError as error:
             self._thread.shutdown()
-            raise Unsupported(f"cannot create a network namespace: {error}", "run as root on the host itself") from error
+            raise Unsupported(
+                f"cannot create a network namespace: {error}", "run as root on the host itself"
+            ) from error
         self.inode = os.fstat(self._fd).st_ino
 
     def __repr__(self) -> str:

@@ -1,0 +1,29 @@
+"""What all tests share: root and data are asked for by name, and their absence is a skip with the reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT_FOLDERS = ("netns", "proofs")  # everything in these makes namespaces or AF_XDP sockets
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    no_root = pytest.mark.skip(reason="needs root (CAP_NET_ADMIN, CAP_BPF, CAP_SYS_ADMIN)")
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] in ROOT_FOLDERS:
+            item.add_marker("root")
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(no_root)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data sets (routes, captures, vectors) that LIBFP_DATA names."""
+    folder = os.environ.get("LIBFP_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LIBFP_DATA does not name a folder of data sets")
+    return Path(folder)
