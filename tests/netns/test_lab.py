@@ -170,13 +170,13 @@ def test_udp_stream_counts_what_was_sent_lost_and_received(routed):
     with UdpStream(client, server, "10.0.2.2", rate=2000, size=1000) as stream:
         wait_until(lambda: stream.received > 100, what="the stream to arrive")
         router.sysctl("net.ipv4.ip_forward", 0)
-        before = stream.sent
-        wait_until(lambda: stream.sent > before + 100, what="datagrams to be lost")
+        before = stream.sent  # at most 0.1 s old, so at most 200 datagrams behind
+        wait_until(lambda: stream.sent > before + 400, what="datagrams to be lost")
         router.sysctl("net.ipv4.ip_forward", 1)
         arrived = stream.received
         wait_until(lambda: stream.received > arrived, what="the stream to arrive again")
-    assert stream.result.lost >= 50
-    assert stream.result.longest_gap > 0.03
+    assert stream.result.lost >= 100
+    assert stream.result.longest_gap > 0.05
 
 
 def test_a_stream_without_a_receiver_is_an_error(routed):
