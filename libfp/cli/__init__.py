@@ -1,0 +1,75 @@
+"""The `fp` command. Each subcommand's module is imported when it is run or asked for its help, not before.
+
+A `libfp.Error` becomes one line on standard error and exit status 2; Ctrl-C ends with 130, as in a shell.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from libfp import __version__
+from libfp.errors import Error
+
+# name -> (module:attribute of the click command, the help line `fp --help` shows without importing it)
+COMMANDS = {
+    "demo": ("libfp.cli.demo:demo", "Run a client, a router and a server in namespaces, with real traffic."),
+    "router": ("libfp.apps.router.cli:router", "Route IPv4 between interfaces, with Linux's own routes."),
+    "stats": ("libfp.cli.stats:stats", "Show the counters of a running instance."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its subcommands' names and help lines without their modules."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fp")
+@click.option("-v", "--verbose", count=True, help="Log more: -v what happens, -vv in detail.")
+def fp(verbose: int) -> None:
+    """libfp: a packet fast path for Linux. Linux decides; the fast path applies it, a few million times a second."""
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="fp: %(message)s", stream=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 for an error that the user can act on."""
+    try:
+        result = fp.main(args=arguments, prog_name="fp", standalone_mode=False)
+    except Error as error:
+        click.echo(f"fp: {' '.join(str(error).split())}", err=True)
+        return 2
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        click.echo(f"fp: {error.format_message()}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("fp: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not an error, but Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
