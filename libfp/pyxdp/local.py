@@ -1,0 +1,113 @@
+"""The addresses that belong to this host, as the steering programs of all ports see them."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import struct
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from libfp.errors import TableFull
+from libfp.pyxdp import bpf, netlink
+from libfp.pyxdp.filters import parse_prefix
+
+
+class PrefixSet:
+    """A set of IPv4 prefixes ("10.0.0.1" or "10.0.0.0/8") that XDP programs look up, longest prefix first.
+
+    One thread changes it. Every change is one system call and is seen by the next packet on every port. Raises
+    BadInput for text that is no prefix, and TableFull.
+    """
+
+    name = "libfp_prefixes"
+
+    def __init__(self, prefixes: Iterable[str] = (), capacity: int = 16384) -> None:
+        self._prefixes: set[ipaddress.IPv4Network] = set()
+        self.map = bpf.Map(bpf.LPM_TRIE, 8, 4, capacity, self.name, bpf.NO_PREALLOC)
+        try:
+            for prefix in prefixes:
+                self.add(prefix)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, prefix: str) -> None:
+        """Add a prefix; nothing happens when it is there."""
+        self._add(parse_prefix(prefix))
+
+    def remove(self, prefix: str) -> None:
+        """Remove exactly this prefix; nothing happens when it is not there."""
+        self._remove(parse_prefix(prefix))
+
+    def replace(self, prefixes: Iterable[str]) -> None:
+        """Make the set hold exactly these: new ones are added before old ones go."""
+        wanted = {parse_prefix(prefix) for prefix in prefixes}
+        for prefix in wanted - self._prefixes:
+            self._add(prefix)
+        for prefix in self._prefixes - wanted:
+            self._remove(prefix)
+
+    def covers(self, address: str) -> bool:
+        """What a program's lookup of this address finds, asked from the kernel."""
+        try:
+            self.map[struct.pack("=I", 32) + ipaddress.IPv4Address(address).packed]
+        except KeyError:
+            return False
+        return True
+
+    def _add(self, prefix: ipaddress.IPv4Network) -> None:
+        try:
+            self.map[_key(prefix)] = struct.pack("=I", 1)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.E2BIG):
+                raise TableFull(
+                    f"{self.name} holds {len(self)} prefixes and no more", "make it with a larger capacity"
+                ) from error
+            raise
+        self._prefixes.add(prefix)
+
+    def _remove(self, prefix: ipaddress.IPv4Network) -> None:
+        self.map.discard(_key(prefix))
+        self._prefixes.discard(prefix)
+
+    def __contains__(self, prefix: str) -> bool:
+        return parse_prefix(prefix) in self._prefixes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(str(prefix) for prefix in self._prefixes))
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def close(self) -> None:
+        """Close the map. Programs that look into it keep it as it is."""
+        self.map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LocalAddresses(PrefixSet):
+    """This host's own addresses and broadcast addresses: packets to them stay with Linux.
+
+    One object serves the steering of every port; whoever makes it keeps it current (`libfp.linux` does it from
+    netlink messages).
+    """
+
+    name = "libfp_local"
+
+    @classmethod
+    def of_host(cls) -> Self:
+        """The addresses that this network namespace has now. Nobody keeps them current."""
+        return cls(str(ipaddress.IPv4Address(address)) for address in netlink.addresses())
+
+
+def _key(prefix: ipaddress.IPv4Network) -> bytes:
+    return struct.pack("=I", prefix.prefixlen) + prefix.network_address.packed
