@@ -1,0 +1,1 @@
+"""What `fp demo` shows: the router at work, in namespaces with real traffic, or over memory ports without root."""

@@ -1,0 +1,142 @@
+"""The demo's network: client, router and server in namespaces, with `fp router` as a process in the middle one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+from typing import Any
+
+from libfp.errors import Error, Unsupported
+from libfp.testing.netns import Host, Lab
+from libfp.testing.wait import wait_until
+
+CLIENT, SERVER = "10.0.1.2", "10.0.2.2"
+BLACKHOLE = "203.0.113.0/24"
+PICTURE = "  client 10.0.1.2 ──── r0 fp router r1 ──── 10.0.2.2 server"
+START_LIMIT = 60.0  # seconds; the first start ever compiles
+
+
+class DemoFailed(Error):
+    """`fp router` did not become ready, or the traffic did not come through; what the router said is the remedy."""
+
+
+class Network:
+    """Three hosts in a `Lab`; every wire is a veth pair, every address and route is set before the router starts."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.client, self.router, self.server = (lab.host(name) for name in ("client", "router", "server"))
+        lab.link(self.client, "c0", self.router, "r0")
+        lab.link(self.router, "r1", self.server, "s0")
+        self.client.address("c0", f"{CLIENT}/24")
+        self.router.address("r0", "10.0.1.1/24")
+        self.router.address("r1", "10.0.2.1/24")
+        self.server.address("s0", f"{SERVER}/24")
+        self.client.route("default", via="10.0.1.1")
+        self.server.route("default", via="10.0.2.1")
+        self.router.route(BLACKHOLE, type="blackhole")
+        self.router.sysctl("net.ipv4.ip_forward", 1)
+
+    def place(self) -> int | None:
+        """Give the router's worker a core, and the ends of the traffic the others; the worker's core, if there are two.
+
+        The worker spins. A sender or a receiver on its core would take turns with it, and the demo would measure the
+        scheduler.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            return None
+        for end in (self.client, self.server):
+            end.call(os.sched_setaffinity, 0, cores[:-1])  # of the thread that starts its processes
+        return cores[-1]
+
+
+class RouterProcess:
+    """`fp router r0 r1 --json` inside a host. `facts` is the line it prints when it is ready to forward."""
+
+    def __init__(self, host: Host, core: int | None, options: tuple[str, ...] = ()) -> None:
+        command = [sys.executable, "-m", "libfp", "router", "r0", "r1", "--json", *options]
+        if core is not None:
+            command += ["--cores", str(core)]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed by __exit__
+        # Its own session: Ctrl-C in the terminal reaches the demo only, which then ends its parts in order.
+        self.process = host.popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> RouterProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._errors.close()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> None:
+        """Wait for the line that says so. Raises DemoFailed with the router's own words."""
+        stdout = self.process.stdout
+        assert stdout is not None
+        os.set_blocking(stdout.fileno(), False)
+        text = ""
+
+        def ready() -> bool:
+            nonlocal text
+            text += stdout.read() or ""
+            for line in text.splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    values = json.loads(line)
+                    if values.get("ready"):
+                        self.facts = values
+                        return True
+            return self.process.poll() is not None
+
+        try:
+            wait_until(ready, START_LIMIT, "fp router to be ready", interval=0.01)
+        except TimeoutError as error:
+            raise DemoFailed(f"fp router: {error}", self.said()) from None
+        if not self.facts:
+            raise DemoFailed(f"fp router ended with status {self.process.returncode}", self.said())
+
+    def said(self) -> str:
+        """The last line the router wrote to standard error."""
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1].removeprefix("fp: ") if lines else ""
+
+    def stop(self) -> None:
+        """SIGTERM, and wait: the router detaches. SIGKILL after five seconds, and the kernel detaches."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def check_af_xdp() -> None:
+    """Raises Unsupported when this kernel has no AF_XDP, or forbids it here."""
+    import socket
+
+    try:
+        socket.socket(44, socket.SOCK_RAW, 0).close()  # AF_XDP
+    except OSError as error:
+        raise Unsupported(f"AF_XDP: {error.strerror}", "a kernel with CONFIG_XDP_SOCKETS, and CAP_NET_RAW") from error
