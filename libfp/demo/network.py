@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from types import TracebackType
-from typing import Any
 
-from libfp.errors import Error, Unsupported
+from libfp.engine.stats import StatsReader, attach, instances
+from libfp.errors import Error, NoSuchInstance, Unsupported
 from libfp.testing.netns import Host, Lab
 from libfp.testing.wait import wait_until
 
@@ -57,23 +56,22 @@ class Network:
 
 
 class RouterProcess:
-    """`fp router r0 r1 --json` inside a host. `facts` is the line it prints when it is ready to forward."""
+    """`fp router r0 r1` inside a host."""
 
     def __init__(self, host: Host, core: int | None, options: tuple[str, ...] = ()) -> None:
-        command = [sys.executable, "-m", "libfp", "router", "r0", "r1", "--json", *options]
+        command = [sys.executable, "-m", "libfp", "router", "r0", "r1", *options]
         if core is not None:
             command += ["--cores", str(core)]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed by __exit__
+        self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 -- closed by __exit__; "a": we read while it writes
         # Its own session: Ctrl-C in the terminal reaches the demo only, which then ends its parts in order.
         self.process = host.popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=self._errors,
             text=True,
             start_new_session=True,
         )
-        self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> RouterProcess:
         return self
@@ -88,30 +86,30 @@ class RouterProcess:
     def pid(self) -> int:
         return self.process.pid
 
-    def wait_ready(self) -> None:
-        """Wait for the line that says so. Raises DemoFailed with the router's own words."""
-        stdout = self.process.stdout
-        assert stdout is not None
-        os.set_blocking(stdout.fileno(), False)
-        text = ""
+    def wait_ready(self) -> StatsReader:
+        """Wait until its workers turn, and return its counters. Raises DemoFailed with the router's own words."""
 
-        def ready() -> bool:
-            nonlocal text
-            text += stdout.read() or ""
-            for line in text.splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    values = json.loads(line)
-                    if values.get("ready"):
-                        self.facts = values
-                        return True
-            return self.process.poll() is not None
+        def ready() -> StatsReader | bool:
+            if self.process.poll() is not None:
+                raise DemoFailed(f"fp router ended with status {self.process.returncode}", self.said())
+            name = next((name for name, (pid, _) in instances().items() if pid == self.process.pid), None)
+            if name is None:
+                return False
+            try:
+                reader = attach(name)
+            except (NoSuchInstance, OSError):  # its page is not complete yet, or it has just ended
+                return False
+            if all(worker["heartbeat"] for worker in reader.counters().workers):
+                return reader
+            reader.close()
+            return False
 
         try:
-            wait_until(ready, START_LIMIT, "fp router to be ready", interval=0.01)
+            found = wait_until(ready, START_LIMIT, "fp router to be ready", interval=0.02)
         except TimeoutError as error:
-            raise DemoFailed(f"fp router: {error}", self.said()) from None
-        if not self.facts:
-            raise DemoFailed(f"fp router ended with status {self.process.returncode}", self.said())
+            raise DemoFailed(f"{error}", self.said()) from None
+        assert not isinstance(found, bool)
+        return found
 
     def said(self) -> str:
         """The last line the router wrote to standard error."""
@@ -128,14 +126,10 @@ class RouterProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 def check_af_xdp() -> None:
     """Raises Unsupported when this kernel has no AF_XDP, or forbids it here."""
-    import socket
-
     try:
         socket.socket(44, socket.SOCK_RAW, 0).close()  # AF_XDP
     except OSError as error:

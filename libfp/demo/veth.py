@@ -6,7 +6,7 @@ from libfp.demo import phases
 from libfp.demo.network import PICTURE, DemoFailed, Network, RouterProcess, check_af_xdp
 from libfp.demo.report import Report, Totals
 from libfp.demo.screen import Screen
-from libfp.engine.stats import StatsReader, attach
+from libfp.engine.stats import StatsReader
 from libfp.testing.netns import Lab
 from libfp.testing.wait import wait_until
 
@@ -30,11 +30,9 @@ def run(screen: Screen, seconds: float) -> Report:
         core = net.place()
         screen.step("starting fp router (its first start ever compiles: up to 20 s)")
         with RouterProcess(net.router, core) as router:
-            router.wait_ready()
-            reader = attach(router.facts.get("name"))
-            report.zero_copy = bool(router.facts.get("zero_copy"))
-            report.kick = str(router.facts.get("kick"))
-            report.cores = [] if core is None else [core]
+            reader = router.wait_ready()
+            about = reader.description
+            report.zero_copy, report.kick, report.cores = about["zero_copy"], about["kick"], about["cores"]
             screen.sample = lambda: totals(reader)
             screen.done(f"fp router: process {router.pid}, kick {report.kick}")
             try:
