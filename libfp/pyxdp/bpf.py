@@ -1,4 +1,4 @@
-"""bpf(2): maps, programs, XDP links, and who owns what is loaded. Objects close their file descriptor."""
+"""bpf(2): maps, programs, links to XDP and tcx, and who owns what is loaded. Objects close their file descriptor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY = 0, 1, 2, 3, 4
 PROG_LOAD, PROG_FD_BY_ID, OBJ_INFO_BY_FD, LINK_CREATE = 5, 13, 15, 28
 ARRAY, LPM_TRIE, XSKMAP = 2, 11, 17  # map types
 NO_PREALLOC = 1
-PROG_TYPE_XDP, ATTACH_XDP = 6, 37
+PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP = 3, 6
+ATTACH_XDP, ATTACH_TCX_INGRESS, ATTACH_TCX_EGRESS = 37, 46, 47
 SKB_MODE, NATIVE_MODE = 1 << 1, 1 << 2  # XDP_FLAGS_*_MODE
 _ATTRIBUTES = 128  # bytes: more than any command here uses; the kernel wants the rest zero
 
@@ -118,28 +119,31 @@ class Map(_Object):
 
 
 class Program(_Object):
-    """A loaded XDP program. Raises OSError with the verifier's words when the kernel rejects the code."""
+    """A loaded program, for the hook `attach`: ATTACH_XDP, ATTACH_TCX_INGRESS or ATTACH_TCX_EGRESS.
 
-    def __init__(self, code: bytes, name: str) -> None:
+    Raises MissingCapability, and OSError with the verifier's words when the kernel rejects the code.
+    """
+
+    def __init__(self, code: bytes, name: str, attach: int = ATTACH_XDP) -> None:
         if not code or len(code) % 8:
             raise ValueError("BPF instructions are 8 bytes each")
-        self.name = name
+        self.name, self.attach = name, attach
+        kind = PROG_TYPE_XDP if attach == ATTACH_XDP else PROG_TYPE_SCHED_CLS
         instructions, licence = ffi.from_buffer(code), ffi.new("char[]", b"GPL")
 
         def attributes(log: Any) -> bytes:
             size = 0 if log is None else ffi.sizeof(log)
             at = 0 if log is None else _address(log)
-            head = struct.pack(
-                "=IIQQ", PROG_TYPE_XDP, len(code) // 8, _address(instructions), _address(licence)
-            ) + struct.pack("=IIQII", 1 if size else 0, size, at, 0, 0)
-            return head + _name(name) + struct.pack("=II", 0, ATTACH_XDP)
+            head = struct.pack("=IIQQ", kind, len(code) // 8, _address(instructions), _address(licence))
+            head += struct.pack("=IIQII", 1 if size else 0, size, at, 0, 0)
+            return head + _name(name) + struct.pack("=II", 0, attach)
 
         try:
             fd = _bpf(PROG_LOAD, attributes(None))
         except OSError as error:
             # EACCES is also the verifier's answer: with the capabilities in place, it is about the code.
             if error.errno != errno.EACCES or not (has_capability("CAP_BPF") and has_capability("CAP_NET_ADMIN")):
-                explained = _explain(error, "loading an XDP program")
+                explained = _explain(error, f"loading the BPF program {name!r}")
                 if explained is not error:
                     raise explained from error
             log = ffi.new("char[]", 1 << 16)
@@ -147,7 +151,7 @@ class Program(_Object):
                 fd = _bpf(PROG_LOAD, attributes(log))
             except OSError as again:
                 words = ffi.string(log).decode(errors="replace").strip()
-                raise OSError(again.errno, f"the kernel refuses the XDP program {name!r}: {words[-2000:]}") from again
+                raise OSError(again.errno, f"the kernel refuses the BPF program {name!r}: {words[-2000:]}") from again
         super().__init__(fd)
 
     @property
@@ -155,14 +159,15 @@ class Program(_Object):
         return _program(self.info()).id
 
 
-class XdpLink(_Object):
-    """A program attached to an interface for as long as this descriptor (or a copy of it) lives.
+class Link(_Object):
+    """A program attached to an interface, at its hook, for as long as this descriptor (or a copy of it) lives.
 
-    `flags` is NATIVE_MODE or SKB_MODE. Raises OSError; EBUSY means that something is attached already.
+    `flags` is NATIVE_MODE or SKB_MODE for XDP, 0 for tcx (Linux 6.6). Raises OSError; EBUSY means that an XDP program
+    is attached already.
     """
 
-    def __init__(self, program: Program, index: int, flags: int) -> None:
-        super().__init__(_bpf(LINK_CREATE, struct.pack("=IIII", program.fd, index, ATTACH_XDP, flags)))
+    def __init__(self, program: Program, index: int, flags: int = 0) -> None:
+        super().__init__(_bpf(LINK_CREATE, struct.pack("=IIII", program.fd, index, program.attach, flags)))
 
     @property
     def id(self) -> int:

@@ -17,7 +17,7 @@ LOAD_64 = 0x18  # the only instruction of two slots: opcode, registers (source i
 
 @functools.cache
 def compile_bpf(text: str) -> bytes:
-    """Compile a module whose program is in `section "xdp"`. Raises RuntimeError with LLVM's words on a bad text."""
+    """Compile a module whose program is in `section "program"`. Raises RuntimeError with LLVM's words on a bad text."""
     import llvmlite.binding as llvm
 
     llvm.initialize_all_targets()
@@ -26,7 +26,7 @@ def compile_bpf(text: str) -> bytes:
     module.verify()
     machine = llvm.Target.from_triple("bpfel").create_target_machine(cpu="v3", opt=2)
     sections = llvm.ObjectFileRef.from_data(machine.emit_object(module)).sections()
-    return bytes(next(section.data() for section in sections if section.name() == b"xdp"))
+    return bytes(next(section.data() for section in sections if section.name() == b"program"))
 
 
 def link(code: bytes, maps: Sequence[int]) -> bytes:

@@ -29,7 +29,7 @@ _HEAD = """
 declare i64 @llvm.bpf.pseudo(i64, i64)
 declare i16 @llvm.bswap.i16(i16)
 
-define i32 @libfp_steer(ptr %context) section "xdp" {{
+define i32 @libfp_steer(ptr %context) section "program" {{
   %key = alloca {{ i32, i32 }}
   %data32 = load i32, ptr %context
   %end_at = getelementptr i8, ptr %context, i64 4
@@ -238,6 +238,17 @@ def pinhole(filters: Sequence[Filter], *, generic: bool) -> str:
         text.append(_filter(number, filter_, missed))
     text.append(_TAIL.format(sockets=SOCKETS))
     return "".join(text)
+
+
+def redirect_ingress(index: int) -> str:
+    """A tcx program: every frame goes to the ingress of interface `index`, as if it had arrived there."""
+    return f"""
+define i32 @libfp_punt(ptr %context) section "program" {{
+  %bpf_redirect = inttoptr i64 23 to ptr
+  %action = call i64 %bpf_redirect(i32 {index}, i64 1)
+  %action32 = trunc i64 %action to i32
+  ret i32 %action32
+}}"""
 
 
 def _filter(number: int, wanted: Filter, missed: str) -> str:

@@ -45,6 +45,9 @@ class Steer:
     host; the grammar is in `libfp.pyxdp.filters`. Filters with ports leave fragments to Linux. Multicast or broadcast
     is taken by a filter that names it (`dst 239.1.1.1`).
 
+    A tag that is not in the frame cannot be seen: stripping by the port's hardware is switched off while attached, but
+    a veth peer hands tags over beside the frame until `ethtool -K PEER tx-vlan-offload off` (as with checksums).
+
     `local` is shared between ports and kept current by its owner; without it the host's addresses at the time of
     `attach` are used. Raises BadInput, naming the token that does not parse.
     """
@@ -146,7 +149,7 @@ class Attachment:
             code = emit.link(emit.compile_bpf(steer.text(generic)), self._maps)
             loaded = undo.enter_context(bpf.Program(code, PROGRAM))
             try:
-                link = bpf.XdpLink(loaded, device.index, bpf.SKB_MODE if generic else bpf.NATIVE_MODE)
+                link = bpf.Link(loaded, device.index, bpf.SKB_MODE if generic else bpf.NATIVE_MODE)
             except OSError as error:
                 raise _refused(error, device, mode) from error
             undo.enter_context(link)
@@ -173,8 +176,9 @@ class Attachment:
         self._sockets[struct.pack("=I", queue)] = struct.pack("=I", fd)
 
     def clear(self, queue: int) -> None:
-        """Leave this queue's packets to Linux from the next one on; nothing happens when it has no socket."""
-        self._sockets.discard(struct.pack("=I", queue))
+        """Leave this queue's packets to Linux from the next one on; nothing happens where they are already."""
+        if self._sockets.fd >= 0:
+            self._sockets.discard(struct.pack("=I", queue))
 
     @property
     def attached(self) -> bool:
