@@ -112,10 +112,11 @@ class RouterProcess:
         return found
 
     def said(self) -> str:
-        """The last line the router wrote to standard error."""
+        """The router's error, or else the last line it wrote to standard error."""
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
-        return lines[-1].removeprefix("fp: ") if lines else ""
+        errors = [line.removeprefix("fp: ") for line in lines if line.startswith("fp: ")]
+        return (errors or lines or [""])[-1]
 
     def stop(self) -> None:
         """SIGTERM, and wait: the router detaches. SIGKILL after five seconds, and the kernel detaches."""

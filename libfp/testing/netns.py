@@ -285,9 +285,10 @@ class Host:
         self._sockets.add(sock)
         return sock
 
-    def ping(self, address: str, count: int = 3, **kwargs: Any) -> PingResult:
-        """Echo requests from here; see `libfp.testing.ping.ping` for the options and the result."""
+    def ping(self, address: str, count: int = 3, source: str = "", **kwargs: Any) -> PingResult:
+        """Echo requests from here (`source`: from that address); see `libfp.testing.ping.ping` for the rest."""
         with self.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+            sock.bind((source, 0))
             return ping(sock, address, count, identifier=int(time.monotonic() * 1e6) & 0xFFFF, **kwargs)
 
     # -- configuration

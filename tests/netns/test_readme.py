@@ -1,0 +1,101 @@
+"""The README's programs, run as they stand there (but for the cores, which a small machine may not have)."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from libfp.engine.stats import attach, instances
+from libfp.errors import NoSuchInstance
+from libfp.testing.netns import Lab, wait_until
+
+README = Path(__file__).parent.parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+APPLICATION, UNIT_TEST, AF_XDP = BLOCKS
+
+
+@pytest.fixture
+def lab():
+    """client -- (eth0 router eth1) -- server; the client has the address that the README blocks, too."""
+    with Lab() as lab:
+        client, router, server = (lab.host(name) for name in ("client", "router", "server"))
+        lab.link(client, "c0", router, "eth0")
+        lab.link(router, "eth1", server, "s0")
+        client.address("c0", "10.0.1.2/24")
+        client.address("c0", "192.0.2.7/32")
+        router.address("eth0", "10.0.1.1/24")
+        router.address("eth1", "10.0.2.1/24")
+        server.address("s0", "10.0.2.2/24")
+        client.route("default", via="10.0.1.1")
+        server.route("default", via="10.0.2.1")
+        router.route("192.0.2.7/32", via="10.0.1.2")
+        router.sysctl("net.ipv4.ip_forward", 1)
+        yield client, router, server
+
+
+def running(process):
+    """The statistics of the instance in that process, once its workers turn."""
+    assert process.poll() is None, process.stderr.read()
+    for name, (pid, _) in instances().items():
+        if pid == process.pid:
+            try:
+                reader = attach(name)
+            except (NoSuchInstance, OSError):
+                continue
+            if all(worker["heartbeat"] for worker in reader.counters().workers):
+                return reader
+            reader.close()
+    return None
+
+
+@pytest.mark.timeout(120)
+def test_the_application(lab):
+    client, router, _ = lab
+    code, replaced = re.subn(r"cores=\[2, 3\]", f"cores=[{max(os.sched_getaffinity(0))}]", APPLICATION)
+    assert replaced == 1
+    process = router.popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    reader = wait_until(lambda: running(process), 60, "the application to run")
+    assert client.ping("10.0.2.2").received == 3
+    wait_until(lambda: client.ping("10.0.2.2", 1, source="192.0.2.7", timeout=0.1).received == 0, 5, "the block")
+    assert reader.counters()["denied"] >= 1
+    assert reader.counters().drops.keys() == {"denied"}
+    assert client.ping("10.0.2.2").received == 3
+    reader.close()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    assert client.ping("10.0.2.2").received == 3, "Linux carries on"
+
+
+@pytest.mark.timeout(120)
+def test_the_unit_test():
+    definitions = APPLICATION.partition("with Linux")[0]
+    code = f"{definitions}\nblocked['192.0.2.7'] = True\n{UNIT_TEST}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_af_xdp_alone(lab):
+    client, router, _ = lab
+    process = router.popen([sys.executable, "-u", "-c", AF_XDP], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.set_blocking(process.stdout.fileno(), False)
+    printed = b""
+
+    def received():
+        nonlocal printed
+        assert process.poll() is None, process.stderr.read()
+        with client.socket() as sock:
+            sock.sendto(b"x" * 100, ("10.0.1.1", 4789))
+            sock.sendto(b"x" * 200, ("10.0.1.1", 4790))
+        printed += process.stdout.read() or b""
+        return printed.count(b"\n") >= 3
+
+    wait_until(received, 10, "frames", interval=0.05)
+    macs = (router.mac("eth0") + client.mac("c0")).replace(":", "")
+    assert set(printed.decode().rpartition("\n")[0].splitlines()) == {f"142 {macs}0800"}, "the other port's datagrams went to Linux"
