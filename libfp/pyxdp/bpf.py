@@ -15,7 +15,7 @@ from libfp.errors import Error, Unsupported
 from libfp.pyxdp.system import bpf_number, failed, ffi, has_capability, libc, missing_capability
 
 MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY = 0, 1, 2, 3, 4
-PROG_LOAD, PROG_FD_BY_ID, OBJ_INFO_BY_FD, LINK_CREATE = 5, 13, 15, 28
+PROG_LOAD, PROG_FD_BY_ID, OBJ_INFO_BY_FD, PROG_QUERY, LINK_CREATE = 5, 13, 15, 16, 28
 ARRAY, LPM_TRIE, XSKMAP = 2, 11, 17  # map types
 NO_PREALLOC = 1
 PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP = 3, 6
@@ -25,7 +25,11 @@ _ATTRIBUTES = 128  # bytes: more than any command here uses; the kernel wants th
 
 
 def _bpf(command: int, attributes: bytes) -> int:
-    buffer = ffi.from_buffer(bytearray(attributes.ljust(_ATTRIBUTES, b"\0")))
+    return _bpf_in_place(command, bytearray(attributes.ljust(_ATTRIBUTES, b"\0")))
+
+
+def _bpf_in_place(command: int, attributes: bytearray) -> int:
+    buffer = ffi.from_buffer(attributes)
     result = libc.syscall(
         bpf_number(), ffi.cast("long", command), ffi.cast("void *", buffer), ffi.cast("unsigned long", _ATTRIBUTES)
     )
@@ -207,6 +211,18 @@ def program_info(number: int) -> ProgramInfo:
         return _program(_info(fd))
     finally:
         os.close(fd)
+
+
+def attached(index: int, attach: int) -> list[int]:
+    """The ids of the programs at a tcx hook of an interface; none where the kernel has no tcx, or we may not ask."""
+    numbers = ffi.new("uint32_t[]", 64)
+    # target_ifindex, attach_type, query_flags, attach_flags, prog_ids, count; the kernel writes the count back
+    attributes = bytearray(struct.pack("=IIIIQI", index, attach, 0, 0, _address(numbers), 64).ljust(_ATTRIBUTES, b"\0"))
+    try:
+        _bpf_in_place(PROG_QUERY, attributes)
+    except OSError:
+        return []
+    return list(numbers[0 : min(64, struct.unpack_from("=I", attributes, 24)[0])])
 
 
 def holders(program_id: int) -> Iterator[int]:

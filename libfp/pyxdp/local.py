@@ -95,7 +95,7 @@ class PrefixSet:
 
 
 class LocalAddresses(PrefixSet):
-    """This host's own addresses and broadcast addresses: packets to them stay with Linux.
+    """This host's own prefixes (the kernel's local table, broadcast included): packets to them stay with Linux.
 
     One object serves the steering of every port; whoever makes it keeps it current (`libfp.linux` does it from
     netlink messages).
@@ -105,8 +105,8 @@ class LocalAddresses(PrefixSet):
 
     @classmethod
     def of_host(cls) -> Self:
-        """The addresses that this network namespace has now. Nobody keeps them current."""
-        return cls(str(ipaddress.IPv4Address(address)) for address in netlink.addresses())
+        """What this network namespace delivers locally now. Nobody keeps it current."""
+        return cls(f"{ipaddress.IPv4Address(address)}/{length}" for address, length in netlink.local_prefixes())
 
 
 def _key(prefix: ipaddress.IPv4Network) -> bytes:

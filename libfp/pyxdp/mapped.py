@@ -70,7 +70,9 @@ class Rings:
 
 def _create() -> socket.socket:
     try:
-        return socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        created = socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        created.setblocking(False)  # or Python waits inside send and recv where a default timeout is set
+        return created
     except OSError as error:
         if error.errno == errno.EPERM:
             raise missing_capability("opening an AF_XDP socket", "CAP_NET_RAW") from error

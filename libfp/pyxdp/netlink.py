@@ -1,10 +1,11 @@
-"""The two questions this package asks rtnetlink: what is this link, and which addresses has this host.
+"""The two questions this package asks rtnetlink: what is this link, and which prefixes are this host's own.
 
 Not sysfs: after setns(2) /sys still shows the links of the namespace it was mounted in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWROUTE, RTM_GETROUTE = 16, 18, 24, 26
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
@@ -20,7 +21,9 @@ IFLA_EXT_MASK, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES, IFLA_LINK_NETNSID, IFLA_X
 IFLA_INFO_KIND = 1
 IFLA_XDP_PROGRAMS = (4, 5, 6, 7)  # the only one, native, generic, in hardware
 RTEXT_FILTER_SKIP_STATS = 1 << 3
-IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
+RTA_DST, TABLE_LOCAL = 1, 255
+RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 2, 3, 4
+SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
 IFF_UP, IFF_LOOPBACK = 1, 8
 _TYPE = 0x3FFF  # an attribute's type without its flag bits
 
@@ -57,6 +60,8 @@ def _attributes(data: bytes) -> dict[int, bytes]:
 def _ask(message: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.settimeout(5)
+        with contextlib.suppress(OSError):  # then the kernel dumps one table and not all of them
+            sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         sock.send(struct.pack("=IHHII", 16 + len(body), message, NLM_F_REQUEST | flags, 1, 0) + body)
         while True:
             data = sock.recv(1 << 17)
@@ -119,14 +124,18 @@ def links() -> list[Link]:
     return [_link(data) for kind, data in _ask(RTM_GETLINK, NLM_F_DUMP, body) if kind == RTM_NEWLINK]
 
 
-def addresses() -> set[bytes]:
-    """Every IPv4 address of this namespace and the broadcast addresses that go with them, 4 bytes each, wire order."""
+def local_prefixes() -> set[tuple[bytes, int]]:
+    """Every IPv4 (address, length) that the local table delivers to this host; addresses are 4 bytes in wire order.
+
+    The table and not the list of addresses: it has the broadcast addresses that the kernel made by itself, 127.0.0.0/8,
+    and prefixes that `ip route add local` gave to this host.
+    """
     found = set()
-    body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
-    for kind, data in _ask(RTM_GETADDR, NLM_F_DUMP, body):
-        if kind == RTM_NEWADDR and data[0] == socket.AF_INET:
-            attributes = _attributes(data[8:])
-            found.add(attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS])
-            if IFA_BROADCAST in attributes:
-                found.add(attributes[IFA_BROADCAST])
+    body = struct.pack("=8BI", socket.AF_INET, 0, 0, 0, TABLE_LOCAL, 0, 0, 0, 0)
+    for kind, data in _ask(RTM_GETROUTE, NLM_F_DUMP, body):
+        if kind != RTM_NEWROUTE:
+            continue
+        length, table, use = data[1], data[4], data[7]
+        if table == TABLE_LOCAL and use in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):
+            found.add((_attributes(data[12:]).get(RTA_DST, bytes(4)), length))
     return found
