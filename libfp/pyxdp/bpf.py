@@ -21,6 +21,8 @@ NO_PREALLOC = 1
 PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP = 3, 6
 ATTACH_XDP, ATTACH_TCX_INGRESS, ATTACH_TCX_EGRESS = 37, 46, 47
 SKB_MODE, NATIVE_MODE = 1 << 1, 1 << 2  # XDP_FLAGS_*_MODE
+# Without CAP_PERFMON the verifier allows no packet offset that is not a constant.
+LOADING = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
 _ATTRIBUTES = 128  # bytes: more than any command here uses; the kernel wants the rest zero
 
 
@@ -44,7 +46,7 @@ def _address(buffer: Any) -> int:
 
 def _explain(error: OSError, what: str) -> Error | OSError:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return missing_capability(what, "CAP_BPF", "CAP_NET_ADMIN")
+        return missing_capability(what, *LOADING)
     if error.errno == errno.ENOSYS:
         return Unsupported("this kernel has no bpf(2)", "it needs CONFIG_BPF_SYSCALL")
     return error
@@ -146,7 +148,7 @@ class Program(_Object):
             fd = _bpf(PROG_LOAD, attributes(None))
         except OSError as error:
             # EACCES is also the verifier's answer: with the capabilities in place, it is about the code.
-            if error.errno != errno.EACCES or not (has_capability("CAP_BPF") and has_capability("CAP_NET_ADMIN")):
+            if error.errno != errno.EACCES or not all(map(has_capability, LOADING)):
                 explained = _explain(error, f"loading the BPF program {name!r}")
                 if explained is not error:
                     raise explained from error

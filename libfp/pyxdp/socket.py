@@ -366,6 +366,7 @@ class Socket:
                 return False
             self.kick()
             self._collect()
+        self._collect()
         return True
 
     def _check_length(self, length: int) -> None:
