@@ -1,0 +1,208 @@
+"""A running pipeline: its workers, their statistics, and the keeper that watches over them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from libfp.engine import context
+from libfp.engine.helper import Helper
+from libfp.engine.state import WorkerState
+from libfp.engine.stats import Counters, StatsPage
+from libfp.engine.worker import Worker
+from libfp.errors import BadInput, Error
+from libfp.jit import memory
+from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE
+
+if TYPE_CHECKING:
+    from libfp.engine.pipeline import Pipeline
+
+log = logging.getLogger("libfp.engine")
+
+KEEPER_SECONDS = 0.02
+
+
+class Application:
+    """A pipeline on its ports. A context manager; `Pipeline.start` makes it.
+
+    ports: of one kind, from `Linux.ports` or `MemoryPort`s. cores: one worker each, the first allowed core if None.
+    name: how `fp stats` finds it. kick: who makes AF_XDP's system calls, "inline" (the worker, at most one a burst),
+    "helper" (a thread, workers make none), or "auto": helper if two more cores than workers are free.
+    idle: "park" (sleep in poll while there is nothing to do) or "spin". sealed: seccomp's strict mode in the workers;
+    needs helper and spin, and the process cannot outlive them: for proofs.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        ports: Sequence[Any],
+        cores: Sequence[int] | None = None,
+        *,
+        name: str | None = None,
+        kick: str = "auto",
+        idle: str = "park",
+        frame_size: int = 2048,
+        sealed: bool = False,
+    ) -> None:
+        allowed = sorted(os.sched_getaffinity(0))
+        self.cores = list(cores) if cores else allowed[:1]
+        self.pipeline, self.ports = pipeline, list(ports)
+        self.name = name or f"pipeline-{os.getpid()}"
+        self.real = any(getattr(port, "is_real", False) for port in self.ports)
+        self._spare = [core for core in allowed if core not in self.cores]
+        self.kick, self.idle = _choose_kick(kick, self.real, len(self._spare)), idle if self.real else "spin"
+        self.frame_size, self.sealed = frame_size, sealed
+        _check(self, allowed)
+        self.workers: list[Worker] = []
+        self.page: StatsPage | None = None
+        self.helper: Helper | None = None
+        self._owner = getattr(self.ports[0], "owner", None)
+        self._states: list[WorkerState] = []
+        self._ended = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def start(self) -> Self:
+        """Open, compile, run. On any failure, and on Ctrl-C, everything is given up again."""
+        try:
+            self._open()
+            for worker in self.workers:
+                worker.prepare()
+            if self.kick == "helper":
+                core = self._spare[0] if self._spare else None
+                self.helper = Helper([state.memory.context for state in self._states], core)
+            if self._owner is not None:
+                self._owner.started([state.punt_ring for state in self._states])
+            for worker in self.workers:
+                worker.start()
+        except BaseException:
+            self.stop()
+            raise
+        self._keeper = threading.Thread(target=self._keep, name="libfp-keeper", daemon=True)
+        self._keeper.start()
+        return self
+
+    def _open(self) -> None:
+        self.page = StatsPage(
+            self.name,
+            {
+                "ports": [port.name for port in self.ports],
+                "reasons": self.pipeline.reasons.names,
+                "workers": len(self.cores),
+                "cores": self.cores,
+                "worker_counters": context.WORKER_COUNTERS,
+                "port_counters": COUNTER_NAMES,
+                "first_port": context.FIRST_PORT,
+                "port_stride": COUNTERS_SIZE,
+                "kick": self.kick,
+                "idle": self.idle,
+            },
+        )
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.page.page))
+        memory.register(start, len(self.page.page))
+        self._page_start = start
+        loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
+        for number, core in enumerate(self.cores):
+            state = WorkerState(
+                self.pipeline,
+                type(self.ports[0]).open_all,
+                self.ports,
+                number,
+                start + self.page.block_offset(number),
+                frame_size=self.frame_size,
+                punt=self._owner is not None,
+            )
+            self._states.append(state)
+            self.workers.append(Worker(number, core, state, self.ports, loop))
+        self.page.describe(zero_copy=self.zero_copy)
+
+    @property
+    def zero_copy(self) -> bool:
+        """Whether every port's packets are in our memory from wire to wire. Memory ports count as such."""
+        return all(port.zero_copy for state in self._states for port in state.open_ports)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(KEEPER_SECONDS):
+            for worker in self.workers:
+                worker.watch()
+                worker.state.replicas.flush()
+
+    @property
+    def counters(self) -> Counters:
+        """A snapshot, summed over the workers: ``counters["denied"]``, `forwarded`, `ports`, ..."""
+        if self.page is None:
+            raise Error("the application has not been started", "call start()")
+        return self.page.counters()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until Ctrl-C, until `stop` is called from elsewhere, or for `timeout` seconds.
+
+        Raises Error if a worker failed.
+        """
+        try:
+            while not self._ended.wait(0.2 if timeout is None else min(timeout, 0.2)):
+                for worker in self.workers:
+                    if worker.error is not None:
+                        raise Error(f"worker {worker.number} failed: {worker.error}") from worker.error
+                if timeout is not None and (timeout := timeout - 0.2) <= 0:
+                    return
+        except KeyboardInterrupt:
+            log.info("interrupted: leaving the traffic to Linux")
+
+    def stop(self) -> None:
+        """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated."""
+        self._ended.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        for worker in self.workers:
+            worker.stop()
+        if self.helper is not None:
+            self.helper.close()
+            self.helper = None
+        if self._owner is not None:
+            self._owner.stopped()
+        while self._states:
+            self._states.pop().close()
+        for port in self.ports:
+            port.close()
+        if self.page is not None and self.page.fd >= 0:
+            memory.unregister(self._page_start)
+            self.page.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def _choose_kick(asked: str, real: bool, spare: int) -> str:
+    if not real:
+        return "none"
+    if asked == "auto":
+        chosen = "helper" if spare >= 2 else "inline"
+        if chosen == "inline":
+            log.info("kick: inline, since no core is free for a helper beside Linux and the workers")
+        return chosen
+    if asked not in ("inline", "helper"):
+        raise BadInput(f"no kick policy {asked!r}", "inline, helper or auto")
+    return asked
+
+
+def _check(app: Application, allowed: list[int]) -> None:
+    if not app.ports:
+        raise BadInput("no ports", "name at least one")
+    if len({type(port) for port in app.ports}) > 1:
+        kinds = ", ".join(sorted({type(port).__name__ for port in app.ports}))
+        raise BadInput(f"ports of several kinds in one pipeline ({kinds})", "give it ports of one kind")
+    if bad := [core for core in app.cores if core not in allowed]:
+        raise BadInput(f"no core {bad[0]} for a worker", f"this process may use {', '.join(map(str, allowed))}")
+    if len(set(app.cores)) != len(app.cores):
+        raise BadInput(f"cores {app.cores} name a core twice", "one worker a core")
+    if app.idle not in ("park", "spin"):
+        raise BadInput(f"no idle policy {app.idle!r}", "park or spin")
+    if app.sealed and app.real and (app.kick, app.idle) != ("helper", "spin"):
+        raise BadInput("a sealed worker makes no system call", "kick='helper', idle='spin'")

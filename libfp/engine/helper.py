@@ -1,0 +1,88 @@
+"""The helper: a thread that makes the system calls of workers that make none.
+
+It watches the rings themselves, which are level-triggered: nothing can be lost between two looks. It spins while a
+worker turns, on a core that carries no worker, and sleeps a millisecond at a time while all of them are parked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from libfp.engine.context import (
+    LIBC_POLL,
+    LIBC_RECV,
+    LIBC_SENDTO,
+    LIBC_WRITE,
+    PARKED,
+    PUNT_RING,
+    STATISTICS,
+    Context,
+)
+from libfp.engine.loop import MSG_DONTWAIT
+from libfp.engine.punt import PuntSlots
+from libfp.jit import Arena, call, entry, load64, load_acquire64, pause, store64, store_release64
+from libfp.ports.rings import FD
+
+_IDLE_TURNS = 2000
+
+
+@entry
+def _help(control, contexts, count):  # type: ignore[no-untyped-def]
+    calls, idle = 0, 0
+    while load_acquire64(control) == 0:
+        before, parked = calls, 0
+        for worker in range(count):
+            context = Context(load64(contexts + 8 * worker))
+            parked += load_acquire64(load64(context.at + STATISTICS) + PARKED)
+            for port in range(context.port_count):
+                rings = context.rings(port)
+                if rings.wants_tx_kick():
+                    call(load64(context.at + LIBC_SENDTO), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
+                    calls += 1
+                if rings.wants_rx_kick():
+                    call(load64(context.at + LIBC_RECV), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
+                    calls += 1
+            ring = load64(context.at + PUNT_RING)
+            if ring != 0:
+                if PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
+                    call(load64(context.at + LIBC_WRITE), load64(ring + 24), ring + 32, 8, 0, 0, 0)
+                    calls += 1
+        store_release64(control + 64, calls)
+        idle = 0 if calls != before else idle + 1
+        if idle > _IDLE_TURNS and parked == count:
+            call(load64(Context(load64(contexts)).at + LIBC_POLL), 0, 0, 1, 0, 0, 0)
+        else:
+            pause()
+
+
+class Helper:
+    """Kicks for the workers whose contexts it is given, pinned to `core` if one is named."""
+
+    def __init__(self, contexts: Sequence[Context], core: int | None) -> None:
+        self._arena = Arena(128 + 8 * len(contexts))
+        self._at, self._count, self._core = self._arena.address, len(contexts), core
+        for number, context in enumerate(contexts):
+            store64(self._at + 128 + 8 * number, context.at)
+        store64(self._at, 1)
+        _help(self._at, self._at + 128, self._count)  # compiles, and returns at once
+        store64(self._at, 0)
+        self._thread = threading.Thread(target=self._run, name="libfp-helper", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        if self._core is not None:
+            os.sched_setaffinity(0, {self._core})
+        _help(self._at, self._at + 128, self._count)
+
+    @property
+    def calls(self) -> int:
+        """System calls made so far."""
+        return load_acquire64(self._at + 64)
+
+    def close(self) -> None:
+        """Stop it and wait for it."""
+        store_release64(self._at, 1)
+        self._thread.join()
+        self._arena.close()

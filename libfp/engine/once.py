@@ -1,0 +1,64 @@
+"""`Pipeline.run_once`: one worker's state around memory ports, stepped by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from libfp.engine.context import RECORD
+from libfp.engine.settle import RECORD_ENTRY
+from libfp.engine.state import WorkerState
+from libfp.jit import Arena, load32, load64, store64
+from libfp.jit.memory import view
+from libfp.packet.burst import BURST
+from libfp.ports.memory import MemoryPort
+
+if TYPE_CHECKING:
+    from libfp.engine.pipeline import Outcome, Pipeline
+
+
+class Once:
+    """A pipeline on memory ports, run for one burst at a time."""
+
+    def __init__(self, pipeline: Pipeline, ports: int, guard: str) -> None:
+        self.pipeline, self.shape = pipeline, (ports, guard)
+        self.ports = [MemoryPort(f"memory{number}", ring_size=2 * BURST) for number in range(ports)]
+        self._counters = Arena(64 * 1024)
+        self.state = WorkerState(
+            pipeline, MemoryPort.open_all, self.ports, 0, self._counters.address, frame_size=16384, guard=guard
+        )
+        self._record = Arena(16 + RECORD_ENTRY * BURST)
+        store64(self._record.address + 8, BURST)
+        self.state.memory.set(RECORD, self._record.address)
+        self._step = pipeline.module().step
+
+    def run(self, packets: list[bytes], port: int) -> list[Outcome]:
+        found: list[Outcome] = []
+        arguments = self.state.direct_arguments()
+        self._step(*arguments)  # fills the fill rings the first time
+        for first in range(0, len(packets), BURST):
+            found += self._burst(packets[first : first + BURST], port, arguments)
+        return found
+
+    def _burst(self, packets: list[bytes], port: int, arguments: list[Any]) -> list[Outcome]:
+        from libfp.engine.pipeline import outcome
+
+        at, umem = self._record.address, self.state.frames.address
+        store64(at, 0)
+        placed = self.ports[port].inject(packets)
+        assert len(placed) == len(packets), "a burst fits the rings"
+        self._step(*arguments)
+        stride = self.state.frames.stride
+        by_frame: dict[int, Outcome] = {}
+        for entry in range(at + 16, at + 16 + RECORD_ENTRY * load64(at), RECORD_ENTRY):
+            frame, length = load64(entry), load32(entry + 8)
+            data = bytes(view(umem + frame, length))
+            verdict, out_port, next_hop = load32(entry + 12), load32(entry + 20), load32(entry + 24)
+            by_frame[frame // stride] = outcome(self.pipeline.reasons, verdict, data, out_port, next_hop)
+        for one in self.ports:
+            one.collect()
+        return [by_frame[frame // stride] for frame in placed]
+
+    def close(self) -> None:
+        self.state.close()
+        self._record.close()
+        self._counters.close()

@@ -1,0 +1,138 @@
+"""Everything one worker owns: its UMEM, burst, port blocks, private words, and replicas of the tables."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from libfp.engine import context as c
+from libfp.engine.context import ContextMemory
+from libfp.engine.punt import PuntRing
+from libfp.engine.replicas import Replicas
+from libfp.jit import Arena, store64
+from libfp.jit.libc import address_of
+from libfp.jit.memory import view
+from libfp.packet.burst import BURST, BurstMemory
+from libfp.ports.frames import FrameMemory, OpenPort
+from libfp.ports.rings import COUNTERS_SIZE, PortBlocks
+
+if TYPE_CHECKING:
+    from libfp.engine.pipeline import Pipeline
+
+_POLLIN = 1
+IDLE_LIMIT = 20_000  # empty turns before a worker parks: about a millisecond
+
+
+class WorkerState:
+    """The memory of worker number `queue` of a pipeline, its queue of each port opened over one UMEM.
+
+    `statistics` is the address of its counters, which outlives it. `punt` gives it a punt ring.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        open_all: Callable[[Any, int, FrameMemory], list[OpenPort]],
+        ports: Sequence[Any],
+        queue: int,
+        statistics: int,
+        *,
+        frame_size: int = 2048,
+        guard: str = "",
+        punt: bool = False,
+    ) -> None:
+        self.pipeline = pipeline
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self._build(open_all, ports, queue, statistics, frame_size, guard, punt)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(
+        self,
+        open_all: Callable[[Any, int, FrameMemory], list[OpenPort]],
+        ports: Sequence[Any],
+        queue: int,
+        statistics: int,
+        frame_size: int,
+        guard: Any,
+        punt: bool,
+    ) -> None:
+        ring_size = max((port.ring_size for port in ports), default=0)
+        self.frames = self._own(FrameMemory(3 * ring_size * len(ports) + BURST, frame_size, guard=guard))
+        self.open_ports = open_all(ports, queue, self.frames)
+        self._closers += [port.close for port in self.open_ports]
+        self._burst = BurstMemory()
+        self._closers.append(self._burst.arena.close)
+        self.blocks = PortBlocks(len(ports))
+        self._closers.append(self.blocks.arena.close)
+        self.memory = ContextMemory()
+        self._closers += [self.memory.arena.close, self.memory.control.close]
+        self.replicas = self._own(Replicas(self.pipeline.tables))
+        self.punt_ring = self._own(PuntRing(frame_size=frame_size)) if punt else None
+        for number, port in enumerate(self.open_ports):
+            self.blocks.fill_in(
+                number,
+                port.rings,
+                counters=statistics + c.FIRST_PORT + COUNTERS_SIZE * number,
+                flight_limit=port.flight_limit,
+                fd=port.fd,
+                umem_size=self.frames.size,
+            )
+        self._fill_context(statistics)
+        self._arguments = self.pipeline.bind(self.replicas.view)
+
+    def _own(self, made: Any) -> Any:
+        self._closers.append(made.close)
+        return made
+
+    def _arena(self, size: int) -> Arena:
+        return self._own(Arena(size))
+
+    def _fill_context(self, statistics: int) -> None:
+        reasons, poll_fds = self.pipeline.reasons, self._arena(8 * len(self.open_ports) + 8)
+        for number, port in enumerate(self.open_ports):
+            struct.pack_into("<ihh", view(poll_fds.address, poll_fds.size), 8 * number, port.fd, _POLLIN, 0)
+        buckets = self._own(reasons.buckets())
+        values = {
+            c.STATISTICS: statistics,
+            c.PORT_COUNT: len(self.open_ports),
+            c.PORTS: self.blocks.arena.address,
+            c.FREE: self.frames.free.at,
+            c.REASONS: reasons.table.address,
+            c.REASON_MASK: reasons.mask,
+            c.BUCKETS: buckets.address,
+            c.UMEM: self.frames.address,
+            c.FRAME_SIZE: self.frames.frame_size,
+            c.POLL_FDS: poll_fds.address,
+            c.IDLE_LIMIT: IDLE_LIMIT,
+            c.LIBC_SENDTO: address_of("sendto"),
+            c.LIBC_RECV: address_of("recv"),
+            c.LIBC_POLL: address_of("poll"),
+            c.LIBC_WRITE: address_of("write"),
+            c.LIBC_PRCTL: address_of("prctl"),
+        }
+        if self.punt_ring is not None:
+            slots, described = self.punt_ring.slots, self._arena(64)
+            for k, value in enumerate((slots.at, slots.size, slots.stride, self.punt_ring.fd, 1)):
+                store64(described.address + 8 * k, value)
+            values[c.PUNT_RING] = described.address
+        for offset, value in values.items():
+            self.memory.set(offset, value)
+
+    @property
+    def arguments(self) -> list[Any]:
+        """What the loop is called with."""
+        return [self.memory.context, self._burst.burst, self.replicas.mailbox, *self._arguments]
+
+    def direct_arguments(self) -> list[Any]:
+        """The same; table updates reach the replicas first."""
+        self.replicas.flush()
+        return self.arguments
+
+    def close(self) -> None:
+        """Free everything, in reverse order. The worker must not run."""
+        while self._closers:
+            self._closers.pop()()

@@ -1,0 +1,120 @@
+"""A worker: a pinned thread that runs a pipeline's loop over its queue of every port."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from libfp.engine.context import HEARTBEAT, STATISTICS, THREAD
+from libfp.engine.state import WorkerState
+from libfp.errors import Error
+from libfp.jit import load64, load_acquire64, store64
+
+log = logging.getLogger("libfp.worker")
+
+STALL_SECONDS = 0.1
+
+
+class Worker:
+    """Worker `number`, on `core`. Traffic comes to it between `start` and `stop`; both may be called again."""
+
+    def __init__(self, number: int, core: int, state: WorkerState, ports: list[Any], loop: Callable[..., Any]) -> None:
+        self.number, self.core, self.state = number, core, state
+        self.error: BaseException | None = None
+        self._ports, self._loop = ports, loop
+        self._statistics = load64(state.memory.arena.address + STATISTICS)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # between the keeper, which watches, and whoever starts and stops
+        self._taking = self._stalled = False
+        self._seen = (0, 0.0)
+
+    def prepare(self) -> None:
+        """Compile the loop, or load it: run it with the stop flag up."""
+        self.state.memory.stop(True)
+        self._loop(*self.state.direct_arguments())
+
+    @property
+    def heartbeat(self) -> int:
+        """Turns of the loop."""
+        return load_acquire64(self._statistics + HEARTBEAT)
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Start the thread, wait until its loop turns, then let its queues' packets come to it."""
+        if self.running:
+            return
+        self.state.replicas.reset()
+        self.state.memory.stop(False)
+        began, self.error = self.heartbeat, None
+        arguments = self.state.direct_arguments()
+        self._thread = threading.Thread(
+            target=self._run, args=(arguments,), name=f"libfp-worker-{self.number}", daemon=True
+        )
+        self._thread.start()
+        deadline = time.monotonic() + timeout
+        while self.heartbeat == began:
+            if self.error is not None:
+                raise Error(f"worker {self.number} on core {self.core} failed: {self.error}") from self.error
+            if time.monotonic() > deadline:
+                raise Error(f"worker {self.number} did not start within {timeout:.0f} s", "look at the core's load")
+            time.sleep(0.0005)
+        with self._lock:
+            self._take(True)
+
+    def _run(self, arguments: list[Any]) -> None:
+        try:
+            os.sched_setaffinity(0, {self.core})
+            store64(self._statistics + THREAD, threading.get_native_id())
+            self._loop(*arguments)
+        except BaseException as error:
+            self.error = error
+            log.exception("worker %d on core %d failed", self.number, self.core)
+
+    def _take(self, yes: bool) -> None:
+        if yes != self._taking:
+            self._taking = yes
+            self._seen = (self.heartbeat, time.monotonic())
+            for port in self._ports:
+                (port.take if yes else port.leave)(self.number)
+
+    def stop(self) -> None:
+        """Leave the queues to Linux, finish what has arrived, end the thread. Waits for it."""
+        if self._thread is None:
+            return
+        with self._lock:
+            self._stalled = False
+            self._take(False)
+        began, deadline = self.heartbeat, time.monotonic() + 0.05
+        while self.running and self.heartbeat < began + 64 and time.monotonic() < deadline:
+            time.sleep(0.0005)  # a few turns more, for packets that were in the rings
+        self.state.memory.stop(True)
+        self._thread.join()
+        self._thread = None
+
+    def restart(self) -> None:
+        """Stop and start, with fresh replicas; the other workers never notice."""
+        self.stop()
+        self.start()
+
+    def watch(self) -> None:
+        """The watchdog's look: a loop that stands still for 100 ms loses its traffic to Linux until it moves again."""
+        with self._lock:
+            beat, now = self.heartbeat, time.monotonic()
+            if beat != self._seen[0]:
+                self._seen = (beat, now)
+                if self._stalled:
+                    self._stalled = False
+                    log.warning("worker %d moves again: its traffic comes back", self.number)
+                    self._take(True)
+            elif self._taking and now - self._seen[1] > STALL_SECONDS:
+                stood = 1000 * (now - self._seen[1])
+                log.warning("worker %d has stood still for %.0f ms: Linux takes its traffic", self.number, stood)
+                self._stalled = True
+                self._take(False)

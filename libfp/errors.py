@@ -1,0 +1,71 @@
+"""Every error a user can meet: one line that names the thing, and one that names the remedy.
+
+The command line prints ``str(error)`` and exits with status 2; the library raises the types.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of all libfp errors: `what` names the thing that failed, `remedy` says what to do about it."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what = what
+        self.remedy = remedy
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+
+
+class MissingCapability(Error):
+    """The process lacks a Linux capability (CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, ...)."""
+
+
+class NoSuchInterface(Error):
+    """No interface of that name in this network namespace."""
+
+
+class InterfaceDown(Error):
+    """The interface is administratively down."""
+
+
+class InterfaceBusy(Error):
+    """The interface already carries an XDP program, or its queue another AF_XDP socket."""
+
+
+class UnsuitableInterface(Error):
+    """Bond, bridge, VLAN, macvlan, loopback and the like: the fast path must sit on another device."""
+
+
+class Unsupported(Error):
+    """The kernel or the driver lacks a feature libfp cannot do without (AF_XDP, bpf_link, ...)."""
+
+
+class FrameTooSmall(Error):
+    """The interface's MTU does not fit a frame of the UMEM."""
+
+
+class PolicyConflict(Error):
+    """Linux would decide otherwise than libfp can: libfp refuses to be a way round the policy."""
+
+
+class AlreadyRunning(Error):
+    """Another libfp instance holds this name or these interfaces."""
+
+
+class NoSuchInstance(Error):
+    """No running libfp instance of that name."""
+
+
+class CacheNotPrivate(Error):
+    """The directory of compiled code can be written by somebody else (its index is a pickle)."""
+
+
+class TableFull(Error):
+    """A table has no room for another entry."""
+
+
+class NotCacheable(Error):
+    """A stage reads a global or binds an object that cannot be part of a compiled pipeline."""
+
+
+class BadInput(Error):
+    """A file, an address, a filter or an argument that does not parse."""

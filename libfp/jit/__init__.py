@@ -1,0 +1,98 @@
+"""How hot code is written: `kernel`, `native` classes, raw loads and stores, atomics, the clock, arenas.
+
+All values in hot code are int64; see `libfp.jit.raw`. With ``NUMBA_DISABLE_JIT=1`` all of it runs interpreted, with
+every access checked; with ``LIBFP_BOUNDSCHECK=1`` compiled code checks too.
+"""
+
+from libfp.jit.atomics import (
+    compare_and_swap64,
+    fetch_add64,
+    load_acquire32,
+    load_acquire64,
+    pause,
+    store_release32,
+    store_release64,
+)
+from libfp.jit.cache import entry
+from libfp.jit.clock import clock, clock_hz
+from libfp.jit.memory import Arena
+from libfp.jit.native import constant, native, word
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
+from libfp.jit.raw import (
+    bswap16,
+    bswap32,
+    bswap64,
+    call,
+    clear128,
+    copy,
+    ctz64,
+    load8,
+    load16,
+    load16be,
+    load32,
+    load32be,
+    load64,
+    load64be,
+    mul64,
+    mulhi64,
+    popcount64,
+    prefetch,
+    shl64,
+    shr64,
+    store8,
+    store16,
+    store16be,
+    store32,
+    store32be,
+    store64,
+    u32,
+    ult64,
+)
+
+__all__ = [
+    "BOUNDSCHECK",
+    "INTERPRETED",
+    "Arena",
+    "bswap16",
+    "bswap32",
+    "bswap64",
+    "call",
+    "clear128",
+    "clock",
+    "clock_hz",
+    "compare_and_swap64",
+    "constant",
+    "copy",
+    "ctz64",
+    "entry",
+    "fetch_add64",
+    "kernel",
+    "load8",
+    "load16",
+    "load16be",
+    "load32",
+    "load32be",
+    "load64",
+    "load64be",
+    "load_acquire32",
+    "load_acquire64",
+    "mul64",
+    "mulhi64",
+    "native",
+    "pause",
+    "popcount64",
+    "prefetch",
+    "shl64",
+    "shr64",
+    "store8",
+    "store16",
+    "store16be",
+    "store32",
+    "store32be",
+    "store64",
+    "store_release32",
+    "store_release64",
+    "u32",
+    "ult64",
+    "word",
+]

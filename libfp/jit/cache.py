@@ -1,0 +1,174 @@
+"""Compiled code on disk, without numba's traps.
+
+numba keys its cache on the source file of the one function that carries ``cache=True``: a changed helper, global or
+class layout goes unnoticed. So only generated modules are cached, and the name of a generated module is a hash of
+everything it reaches: libfp's own sources, the sources of the functions given to it and of those they call, the
+values of the globals they read, the versions of numba, llvmlite and Python, and the processor.
+
+The index numba writes beside a module is a pickle, so the directory must be writable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+
+from libfp.errors import CacheNotPrivate
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
+
+_ROOT = Path(__file__).resolve().parents[1]
+_HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables")
+_KEEP_SECONDS = 30 * 24 * 3600
+
+
+def directory() -> Path:
+    """Where compiled code is kept: ``$LIBFP_CACHE_DIR``, else ``$XDG_CACHE_HOME/libfp``, else ``~/.cache/libfp``.
+
+    Raises CacheNotPrivate if another user owns it or can write to it.
+    """
+    named = os.environ.get("LIBFP_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(named) if named else home / "libfp"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for one in (path, path / "__pycache__"):
+            one.mkdir(mode=0o700, exist_ok=True)
+            _refuse_shared(one)
+    except OSError as error:
+        remedy = "set LIBFP_CACHE_DIR to a directory of your own"
+        raise CacheNotPrivate(f"cannot keep compiled code in {path} ({error.strerror})", remedy) from None
+    return path
+
+
+def _refuse_shared(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        why = f"belongs to user {status.st_uid}"
+    elif status.st_mode & 0o022:
+        why = "can be written by others"
+    else:
+        return
+    remedy = f"chown and chmod 700 it, or set LIBFP_CACHE_DIR to a directory of your own (you are user {os.geteuid()})"
+    raise CacheNotPrivate(f"the directory of compiled code, {path}, {why}", remedy)
+
+
+@functools.cache
+def base_digest() -> str:
+    """The hash of libfp's hot sources, the compilers and the processor: part of every generated module's name."""
+    digest = hashlib.sha256()
+    for folder in _HOT:
+        for path in sorted((_ROOT / folder).glob("**/*.py")):
+            digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    features = llvm.get_host_cpu_features().flatten()
+    for text in (numba.__version__, llvmlite.__version__, sys.version, llvm.get_host_cpu_name(), features):
+        digest.update(text.encode() + b"\0")
+    digest.update(bytes([BOUNDSCHECK]))
+    return digest.hexdigest()
+
+
+def is_hot(module: str) -> bool:
+    """Whether the module's source is part of `base_digest`."""
+    package, _, rest = module.partition(".")
+    return package == "libfp" and rest.partition(".")[0] in _HOT
+
+
+def generate(name: str, source: str, inputs: str, scope: dict[str, Any] | None = None) -> ModuleType:
+    """Write `source` as a module named by `name` and the hash of `source`, `inputs` and `base_digest`; import it.
+
+    A module that is there already is used as it is, so numba finds its compiled code. `scope` are further globals of
+    the module, which `inputs` must describe. Modules that nobody has used for thirty days are removed.
+    """
+    digest = hashlib.sha256("\0".join((source, inputs, base_digest())).encode()).hexdigest()[:24]
+    module_name = f"{name}_{digest}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    folder = directory()
+    path = folder / f"{module_name}.py"
+    if not path.exists():
+        partial = folder / f".{module_name}.{os.getpid()}"
+        partial.write_text(source)
+        partial.rename(path)
+        _prune(folder)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(scope or {})
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _prune(folder: Path) -> None:
+    """Remove modules, and numba's files for modules, that are old or have lost their module."""
+    oldest = time.time() - _KEEP_SECONDS
+    for path in [*folder.glob("*.py"), *folder.glob(".*"), *(folder / "__pycache__").iterdir()]:
+        try:
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and max(status.st_atime, status.st_mtime) < oldest:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another process prunes too
+
+
+class Entry:
+    """A control-plane function, compiled in a generated module of its own so that a second start compiles nothing.
+
+    Callable from Python; `kernel` is the same for compiled callers.
+    """
+
+    def __init__(self, function: FunctionType) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.kernel = kernel(function)
+        self._compiled: Callable[..., Any] | None = function if INTERPRETED else None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._load()
+        return self._compiled(*arguments)
+
+    @property
+    def dispatcher(self) -> Any:
+        """The cached numba dispatcher (or the plain function when interpreted)."""
+        if self._compiled is None:
+            self._compiled = self._load()
+        return self._compiled
+
+    def _load(self) -> Callable[..., Any]:
+        function = self.function
+        if not function.__module__.startswith("libfp."):
+            raise TypeError(f"{function.__qualname__}: only libfp's own sources are part of an entry point's name")
+        names = ", ".join(inspect.signature(function).parameters)
+        source = (
+            f'"""Generated by libfp: the entry point {function.__module__}.{function.__qualname__}."""\n'
+            f"from libfp.jit.policy import cached_kernel\n"
+            f"from {function.__module__} import {function.__qualname__} as _entry\n\n"
+            f"_kernel = _entry.kernel\n\n\n"
+            f"@cached_kernel\ndef entry({names}):\n    return _kernel({names})\n"
+        )
+        module = generate(f"entry_{function.__module__.replace('.', '_')}_{function.__name__}", source, "")
+        return module.entry
+
+
+def entry(function: Callable[..., Any]) -> Entry:
+    """Decorate a module-level control-plane function: compiled on its first call, cached on disk."""
+    assert isinstance(function, FunctionType)
+    return Entry(function)

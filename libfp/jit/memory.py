@@ -1,0 +1,129 @@
+"""Memory that hot code reaches by address: arenas between guard pages, and the register of what may be touched."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import weakref
+
+import cffi
+import numpy as np
+
+_ffi = cffi.FFI()
+_ffi.cdef(
+    """
+    void *mmap(void *, size_t, int, int, int, long);
+    int munmap(void *, size_t);
+    int mprotect(void *, size_t, int);
+    int madvise(void *, size_t, int);
+    """
+)
+_libc = _ffi.dlopen(None)
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+HUGE_PAGE = 2 << 20
+
+_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
+_MADV_HUGEPAGE = 14
+_MAP_FAILED = (1 << 64) - 1
+
+# Known regions, sorted by start, for the interpreter; the same in an array for the boundscheck build, whose compiled
+# checks read it: word 0 is the count, then (start, end) pairs.
+REGION_LIMIT = 16384
+_starts: list[int] = []
+_ends: list[int] = []
+regions = np.zeros(1 + 2 * REGION_LIMIT, np.int64)
+
+
+def register(address: int, size: int) -> None:
+    """Declare `size` bytes at `address` as memory that loads and stores may touch."""
+    at = bisect.bisect_right(_starts, address)
+    _starts.insert(at, address)
+    _ends.insert(at, address + size)
+    _publish()
+
+
+def unregister(address: int) -> None:
+    """Take back a `register` of the region that starts at `address`."""
+    at = bisect.bisect_right(_starts, address) - 1
+    if at < 0 or _starts[at] != address:
+        raise ValueError(f"no region starts at {address:#x}")
+    del _starts[at], _ends[at]
+    _publish()
+
+
+def _publish() -> None:
+    count = len(_starts)
+    if count > REGION_LIMIT:
+        raise MemoryError(f"more than {REGION_LIMIT} memory regions")
+    regions[1 : 1 + 2 * count : 2] = _starts
+    regions[2 : 2 + 2 * count : 2] = _ends
+    regions[0] = count
+
+
+def check(address: int, size: int) -> None:
+    """Raise IndexError unless all `size` bytes at `address` lie in one registered region."""
+    at = bisect.bisect_right(_starts, address) - 1
+    if at < 0 or address + size > _ends[at]:
+        raise IndexError(f"{size} bytes at {address:#x} are outside every registered region")
+
+
+def protect(address: int, size: int) -> None:
+    """Make whole pages unreadable: a guard inside an arena, which goes when the arena does."""
+    if _libc.mprotect(_ffi.cast("void *", address), size, _PROT_NONE):
+        raise MemoryError(f"cannot protect {size} bytes at {address:#x}")
+
+
+def view(address: int, size: int) -> memoryview:
+    """The `size` bytes at `address` as a writable memoryview; the caller keeps the memory alive."""
+    return memoryview(_ffi.buffer(_ffi.cast("void *", address), size)).cast("B")
+
+
+class Arena:
+    """One anonymous, zeroed mapping between two guard pages; it never moves.
+
+    `size` bytes are reserved and populated by use. `huge` asks for 2 MiB pages, which a table of megabytes wants.
+    `address` is where it begins, aligned to the page size (2 MiB when `huge`). Freed by `close` or with the object.
+    `flush_end` puts the usable bytes against the upper guard page (so `address` is only 8-byte aligned).
+    """
+
+    def __init__(self, size: int, *, huge: bool = False, flush_end: bool = False) -> None:
+        if size <= 0:
+            raise ValueError(f"an arena of {size} bytes")
+        align = HUGE_PAGE if huge else PAGE
+        room = -(-size // align) * align
+        total = room + 2 * PAGE + (align - PAGE)
+        mapping = _libc.mmap(_ffi.NULL, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        start = int(_ffi.cast("uintptr_t", mapping))
+        if start == _MAP_FAILED:
+            raise MemoryError(f"cannot map {total} bytes")
+        base = -(-(start + PAGE) // align) * align
+        if _libc.mprotect(_ffi.cast("void *", base), room, _PROT_READ | _PROT_WRITE):
+            _libc.munmap(mapping, total)
+            raise MemoryError(f"cannot make {room} bytes writable")
+        if huge:
+            _libc.madvise(_ffi.cast("void *", base), room, _MADV_HUGEPAGE)
+        self.size = size
+        self.address = base + (room - size) // 8 * 8 if flush_end else base
+        register(self.address, size)
+        self._finalizer = weakref.finalize(self, _release, start, total, self.address)
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes as a memoryview; not to be used after `close`."""
+        return view(self.address, self.size)
+
+    @property
+    def words(self) -> np.ndarray:
+        """The arena as an int64 array; not to be used after `close`."""
+        return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
+
+    def close(self) -> None:
+        """Unmap; a later access through an old address faults."""
+        self._finalizer()
+
+
+def _release(start: int, total: int, address: int) -> None:
+    unregister(address)
+    _libc.munmap(_ffi.cast("void *", start), total)

@@ -1,0 +1,43 @@
+"""How hot code is compiled: the one place where numba's options are chosen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+#: The plain-Python mode (``NUMBA_DISABLE_JIT=1``): every stage, table and ring runs interpreted, with checked memory.
+INTERPRETED = bool(numba.config.DISABLE_JIT)
+
+#: The boundscheck build (``LIBFP_BOUNDSCHECK=1``): every compiled load and store is held against the known regions.
+BOUNDSCHECK = os.environ.get("LIBFP_BOUNDSCHECK", "") not in ("", "0") and not INTERPRETED
+
+# nogil: workers run beside Python. error_model: no ZeroDivisionError path in a loop. _nrt=False: reference counting
+# and allocation do not exist in hot code, so using either is a compile error instead of a slow packet.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": BOUNDSCHECK, "_nrt": False}
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile `function` for the hot path.
+
+    Never cached by itself: numba would link a stale object into a new caller. Only generated modules are cached
+    (`libfp.jit.cache`), whose names are hashes of everything they reach.
+    """
+    if INTERPRETED:
+        return function
+    return numba.njit(**_OPTIONS)(function)
+
+
+def cached_kernel(function: Callable[..., Any]) -> Any:
+    """Compile `function` and keep the result on disk. For generated modules alone: see `libfp.jit.cache`."""
+    if INTERPRETED:
+        return function
+    if BOUNDSCHECK:  # the address of the region table is baked in
+        return numba.njit(**_OPTIONS)(function)
+    location, numba.config.CACHE_DIR = numba.config.CACHE_DIR, ""  # beside the module, whose directory was checked
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    finally:
+        numba.config.CACHE_DIR = location

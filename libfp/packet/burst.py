@@ -1,0 +1,262 @@
+"""The burst: up to 64 packets of one port as a struct of arrays, and the packet as a value that costs nothing.
+
+Every word of a burst belongs to the worker whose burst it is. Layout, in bytes from `Burst.at`:
+
+    0     count     live packets: entries 0..count-1
+    8     base      address of the UMEM's frame 0
+    16    port      the port they arrived on
+    64    frame     64 x u64, the packet's first byte as an offset into the UMEM
+    576   length    64 x u32, bytes from the Ethernet header to the end
+    832   kind      64 x u32, 4: a sound IPv4 header at l3; 0: anything else (set by the stage `parse`)
+    1088  l3        64 x u32, bytes between an untagged Ethernet header and the network header: 0 without tags
+    1344  verdict   64 x u32, see `libfp.packet.verdict`
+    1600  next_hop  64 x u32, index of the next hop that decided, 0 for none
+    1856  out_port  64 x u32, where a forwarded packet leaves
+    2112  key       64 x u32, scratch for bulk lookups within one stage
+    2368  mark      64 x u64, for stages to talk to later stages; 0 at first
+
+After a stage, packets that have a verdict leave the burst and the rest move up, in order: a stage finds every packet
+of 0..count-1 live when it begins, and within one stage the first verdict wins.
+"""
+
+from __future__ import annotations
+
+from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, store32, store64, word
+from libfp.packet.headers import (
+    ETHERNET_SIZE,
+    ICMP,
+    TCP,
+    UDP,
+    Ethernet,
+    Icmp,
+    Ipv4,
+    Tcp,
+    Udp,
+)
+from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
+
+BURST = 64
+FRAME, LENGTH, KIND, L3, VERDICT, NEXT_HOP, OUT_PORT, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856, 2112, 2368
+SIZE = 2880
+
+KIND_IPV4 = 4
+
+
+@native
+class Packet:
+    """Packet `i` of the burst at `burst`."""
+
+    burst: word
+    i: word
+
+    @property
+    def data(self) -> int:
+        """Address of the first byte (of the Ethernet header)."""
+        return load64(self.burst + 8) + load64(self.burst + FRAME + 8 * self.i)
+
+    @property
+    def length(self) -> int:
+        """Bytes in the frame, Ethernet header included."""
+        return load32(self.burst + LENGTH + 4 * self.i)
+
+    @property
+    def port(self) -> int:
+        """Index of the port it came in by."""
+        return load64(self.burst + 16)
+
+    @property
+    def mark(self) -> int:
+        """A word of your own, 0 at first, that later stages see."""
+        return load64(self.burst + MARK + 8 * self.i)
+
+    @mark.setter
+    def mark(self, value: int) -> None:
+        store64(self.burst + MARK + 8 * self.i, value)
+
+    @property
+    def l3(self) -> int:
+        """Address of the network header."""
+        return self.data + ETHERNET_SIZE + load32(self.burst + L3 + 4 * self.i)
+
+    @property
+    def l4(self) -> int:
+        """Address of the transport header; mind `is_udp`, `is_tcp`, `is_icmp`."""
+        at = self.l3
+        return at + ((load8(at) & 15) << 2)
+
+    @property
+    def ethernet(self) -> Ethernet:
+        return Ethernet(self.data)
+
+    @property
+    def is_ipv4(self) -> bool:
+        """A sound IPv4 header (`parse` has run): `ipv4` may be used."""
+        return load32(self.burst + KIND + 4 * self.i) == KIND_IPV4
+
+    @property
+    def ipv4(self) -> Ipv4:
+        return Ipv4(self.l3)
+
+    def has_l4(self, protocol: int, size: int) -> bool:
+        """IPv4 of this protocol, not a later fragment, with `size` bytes of transport header inside the frame."""
+        if not self.is_ipv4:
+            return False
+        at = self.l3
+        header = (load8(at) & 15) << 2
+        inside = header + size <= load16be(at + 2)  # parse has held total_length against the frame
+        return inside and load8(at + 9) == protocol and load16be(at + 6) & 0x1FFF == 0
+
+    @property
+    def is_udp(self) -> bool:
+        """IPv4 with a whole UDP header: `udp` may be used."""
+        return self.has_l4(UDP, 8)
+
+    @property
+    def udp(self) -> Udp:
+        return Udp(self.l4)
+
+    @property
+    def is_tcp(self) -> bool:
+        """IPv4 with a whole TCP header: `tcp` may be used."""
+        return self.has_l4(TCP, 20)
+
+    @property
+    def tcp(self) -> Tcp:
+        return Tcp(self.l4)
+
+    @property
+    def is_icmp(self) -> bool:
+        """IPv4 with an ICMP header: `icmp` may be used."""
+        return self.has_l4(ICMP, 8)
+
+    @property
+    def icmp(self) -> Icmp:
+        return Icmp(self.l4)
+
+    @property
+    def is_live(self) -> bool:
+        """No verdict yet."""
+        return load32(self.burst + VERDICT + 4 * self.i) == 0
+
+    def settle(self, verdict: int) -> None:
+        """Give the packet a verdict word unless it has one."""
+        at = self.burst + VERDICT + 4 * self.i
+        if load32(at) == 0:
+            store32(at, verdict)
+
+    def drop(self, reason: str) -> None:
+        """Drop it; `reason`, a string literal, becomes a counter."""
+        self.settle((DROP << KIND_SHIFT) + reason_code(reason))
+
+    def punt(self, reason: str) -> None:
+        """Hand it to Linux as it is; `reason`, a string literal, becomes a counter and has a rate limit."""
+        self.settle((PUNT << KIND_SHIFT) + reason_code(reason))
+
+    def forward(self, port: int) -> None:
+        """Send it by the port of that index."""
+        if self.is_live:
+            store32(self.burst + OUT_PORT + 4 * self.i, port)
+            self.settle(FORWARD << KIND_SHIFT)
+
+    def consume(self) -> None:
+        """Take it: its frame goes back to the pool, nothing is sent, and it counts as consumed."""
+        self.settle(CONSUME << KIND_SHIFT)
+
+
+@native
+class Burst:
+    """The burst at address `at`; `packet(i)` for 0 <= i < `count`."""
+
+    at: word
+
+    @property
+    def count(self) -> int:
+        return load64(self.at)
+
+    @count.setter
+    def count(self, value: int) -> None:
+        store64(self.at, value)
+
+    @property
+    def base(self) -> int:
+        return load64(self.at + 8)
+
+    @base.setter
+    def base(self, value: int) -> None:
+        store64(self.at + 8, value)
+
+    @property
+    def port(self) -> int:
+        return load64(self.at + 16)
+
+    @port.setter
+    def port(self, value: int) -> None:
+        store64(self.at + 16, value)
+
+    def packet(self, i: int) -> Packet:
+        return Packet(self.at, i)
+
+    def data(self, i: int) -> int:
+        """Address of packet `i`'s first byte."""
+        return load64(self.at + 8) + load64(self.at + FRAME + 8 * i)
+
+    def frame(self, i: int) -> int:
+        """Offset of packet `i`'s first byte in the UMEM."""
+        return load64(self.at + FRAME + 8 * i)
+
+    def length(self, i: int) -> int:
+        return load32(self.at + LENGTH + 4 * i)
+
+    def is_ipv4(self, i: int) -> bool:
+        return load32(self.at + KIND + 4 * i) == KIND_IPV4
+
+    def is_live(self, i: int) -> bool:
+        return load32(self.at + VERDICT + 4 * i) == 0
+
+    def drop(self, i: int, reason: str) -> None:
+        Packet(self.at, i).drop(reason)
+
+    def punt(self, i: int, reason: str) -> None:
+        Packet(self.at, i).punt(reason)
+
+    def forward(self, i: int, port: int) -> None:
+        Packet(self.at, i).forward(port)
+
+    def begin(self, count: int) -> None:
+        """Make entries 0..count-1, whose frame and length have been written, fresh packets."""
+        at = self.at
+        store64(at, count)
+        for column in range(0, (count + 31) >> 5):  # two columns' width at a time: 32 packets
+            half = at + 128 * column
+            clear128(half + KIND)
+            clear128(half + L3)
+            clear128(half + VERDICT)
+            clear128(half + NEXT_HOP)
+            clear128(half + 128 * column + MARK)
+            clear128(half + 128 * column + MARK + 128)
+
+    def move(self, i: int, j: int) -> None:
+        """Copy entry `i`, a live one, to place `j`."""
+        at = self.at
+        store64(at + FRAME + 8 * j, load64(at + FRAME + 8 * i))
+        store64(at + MARK + 8 * j, load64(at + MARK + 8 * i))
+        store32(at + LENGTH + 4 * j, load32(at + LENGTH + 4 * i))
+        store32(at + KIND + 4 * j, load32(at + KIND + 4 * i))
+        store32(at + L3 + 4 * j, load32(at + L3 + 4 * i))
+        store32(at + VERDICT + 4 * j, 0)
+        store32(at + NEXT_HOP + 4 * j, load32(at + NEXT_HOP + 4 * i))
+
+    def settled(self) -> int:
+        """Not 0 if any packet has a verdict: one pass over a column, which the compiler vectorises."""
+        any_verdict, at = 0, self.at + VERDICT
+        for i in range(self.count):
+            any_verdict |= load32(at + 4 * i)
+        return any_verdict
+
+
+class BurstMemory:
+    """The memory of one burst; `burst` is its view."""
+
+    def __init__(self) -> None:
+        self.arena = Arena(SIZE)
+        self.burst = Burst(self.arena.address)

@@ -1,0 +1,52 @@
+"""The internet checksum (RFC 1071), and its incremental update (RFC 1624, equation 3)."""
+
+from __future__ import annotations
+
+from libfp.jit import bswap16, kernel, load8, load16, load32, load64, store16
+
+
+@kernel
+def _fold(total: int) -> int:
+    """A sum of 16-bit words, below 2^48, folded to 16 bits."""
+    total = (total & 0xFFFFFFFF) + (total >> 32)
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    return (total & 0xFFFF) + (total >> 16)
+
+
+@kernel
+def checksum(at: int, size: int) -> int:
+    """The checksum of `size` bytes at `at`, in network order read as a host number; 0 over correct data."""
+    total, end = 0, at + size
+    while at + 4 <= end:
+        total += load32(at)
+        at += 4
+    if at + 2 <= end:
+        total += load16(at)
+        at += 2
+    if at < end:
+        total += load8(at)
+    return bswap16(_fold(total) ^ 0xFFFF)
+
+
+@kernel
+def ipv4_checksum_ok(at: int) -> bool:
+    """Whether the 20 bytes at `at`, an IPv4 header without options, sum to zero. Any byte order sums alike."""
+    low, high = load64(at), load64(at + 8)
+    total = (low & 0xFFFFFFFF) + ((low >> 32) & 0xFFFFFFFF) + (high & 0xFFFFFFFF) + ((high >> 32) & 0xFFFFFFFF)
+    total += load32(at + 16)
+    total = (total & 0xFFFF) + ((total >> 16) & 0xFFFF) + (total >> 32)
+    total = (total & 0xFFFF) + (total >> 16)
+    return (total & 0xFFFF) + (total >> 16) == 0xFFFF
+
+
+@kernel
+def update16(at: int, old: int, new: int) -> None:
+    """Change the checksum at address `at` for a 16-bit word of its data that went from `old` to `new`.
+
+    HC' = ~(~HC + ~m + m'). `old` and `new` are as a 16-bit load in the machine's order gives them.
+    """
+    total = (load16(at) ^ 0xFFFF) + (old ^ 0xFFFF) + new
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    store16(at, total ^ 0xFFFF)

@@ -1,0 +1,285 @@
+"""The tables `forward` reads: prefixes to next hops, next hops to what is done, and what is checked on each port.
+
+Filled by `libfp.linux`, or by hand:
+
+    routes = Routes()
+    hop = routes.next_hops.add(Forward(port=1, dst=bytes.fromhex("020000000002"), src=bytes.fromhex("020000000001"), mtu=1500))
+    routes.fib["198.51.100.0/24"] = hop
+
+Every change reaches every worker in the order it was made: add a next hop before the routes that use it, remove it
+after them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from libfp.errors import BadInput, TableFull
+from libfp.jit import Arena, entry, kernel, load8, load64, native, store64, word
+from libfp.packet.verdict import DROP, KIND_SHIFT, PUNT, reason_code
+from libfp.tables.lpm4 import Lpm4, Lpm4View
+from libfp.tables.table import Table
+from libfp.tables.words import Words, put, seal
+
+ACTION_NONE, ACTION_FORWARD, ACTION_SETTLE = 0, 1, 2
+LOCAL = 1 << 48  # in an entry's first word: this host's own address
+
+PORT_RPF_STRICT, PORT_RPF_LOOSE, PORT_REDIRECTS, PORT_ACCEPT_LOCAL = 1, 2, 4, 8
+CHECK_SOURCES = PORT_RPF_STRICT | PORT_RPF_LOOSE
+MAX_PORTS = 256
+
+# Word offsets in the table of next hops. An entry is four words: action, port << 8, MTU << 24 and flags << 48; the
+# first eight bytes of the Ethernet header; its next four, with the verdict << 32; nothing.
+_PORT_FLAGS, _LOCAL_BITS, _HOPS = 8, 264, 512
+_LOCAL_WORDS = 64
+HOP_SIZE = 32
+
+#: Reasons that routes give.
+REASONS = (
+    "no-neighbour", "no-route", "unreachable", "prohibit", "blackhole", "via-linux", "local", "broadcast", "multicast",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Send by the port of that index, with these MAC addresses (6 bytes, wire order), up to `mtu` bytes of IP."""
+
+    port: int
+    dst: bytes
+    src: bytes
+    mtu: int
+
+
+@dataclass(frozen=True)
+class Punt:
+    """Hand to Linux, counted as `reason` (one of `REASONS`, or one that a stage names)."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Drop, counted as `reason`."""
+
+    reason: str
+
+
+Action = Forward | Punt | Drop
+
+
+@entry
+def _write(block, offset, a, b, c, d):  # type: ignore[no-untyped-def]
+    put(block, offset, a)
+    put(block, offset + 1, b)
+    put(block, offset + 2, c)
+    put(block, offset + 3, d)
+    seal(block)
+
+
+@entry
+def _write_word(block, offset, value):  # type: ignore[no-untyped-def]
+    put(block, offset, value)
+    seal(block)
+
+
+@kernel
+def _hash(address: int) -> int:
+    return (address * 0x9E3779B1 & 0xFFFFFFFF) >> 20
+
+
+@kernel
+def is_marked(filter_at: int, address: int) -> bool:
+    """False if `address` is surely not in the filter; a Bloom filter of one hash and 4,096 bits."""
+    bit = _hash(address)
+    return load8(filter_at + (bit >> 3)) >> (bit & 7) & 1 != 0
+
+
+class NextHops(Table):
+    """Next hops by index, 1 to `capacity` - 1. TableFull when there is no index left."""
+
+    def __init__(self, capacity: int = 1 << 16) -> None:
+        self.capacity = capacity
+        size = _HOPS + HOP_SIZE // 8 * capacity
+        super().__init__(Words(size, size))
+        self.actions: dict[int, Action] = {}
+        self._next, self._free = 1, list[int]()
+        self.epoch = Arena(64)
+        store64(self.epoch.address, 2)
+        self._hits: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+    def view_for(self, cell: int) -> NextHopsView:
+        """See `Table.view_for`."""
+        hits = Arena(4 * self.capacity)
+        view = NextHopsView(cell, hits.address, self.epoch.address, self.capacity)
+        view.owned = hits  # type: ignore[attr-defined]  # lives as long as the view
+        with self.lock:
+            self._hits.add(hits)
+        return view
+
+    def add(self, action: Action) -> int:
+        """Store `action` under a free index and return it."""
+        with self.lock:
+            index = self._free.pop() if self._free else self._next
+            if index >= self.capacity:
+                raise TableFull(f"no room for more than {self.capacity - 1} next hops", "make NextHops larger")
+            self._next = max(self._next, index + 1)
+            try:
+                self[index] = action
+            except BaseException:
+                self._free.append(index)
+                raise
+            return index
+
+    def __setitem__(self, index: int, action: Action) -> None:
+        if not 0 < index < self._next:
+            raise BadInput(f"no next hop {index}", "use add")
+        with self.lock:
+            _write(self._words.block, _HOPS + HOP_SIZE // 8 * index, *_encode(action))
+            self.actions[index] = action
+            self.commit()
+
+    def __getitem__(self, index: int) -> Action:
+        return self.actions[index]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def remove(self, index: int) -> None:
+        """Forget a next hop that no route uses any more. KeyError if there is none of that index."""
+        with self.lock:
+            del self.actions[index]
+            _write(self._words.block, _HOPS + HOP_SIZE // 8 * index, 0, 0, 0, 0)
+            self._free.append(index)
+            self.commit()
+
+    def used(self) -> set[int]:
+        """The indexes that any worker has forwarded by since the last call or the one before."""
+        with self.lock:
+            epoch, found = load64(self.epoch.address), set[int]()
+            for hits in self._hits:
+                marks = np.frombuffer(hits.buffer, np.uint32)[: self._next]
+                found.update(np.flatnonzero(marks >= epoch - 1).tolist())
+            store64(self.epoch.address, epoch + 1)
+            return found
+
+    def set_word(self, offset: int, value: int) -> None:
+        """Change one word of the head of the table."""
+        with self.lock:
+            _write_word(self._words.block, offset, value)
+            self.commit()
+
+
+def _encode(action: Action) -> tuple[int, int, int, int]:
+    if isinstance(action, Forward):
+        if len(action.dst) != 6 or len(action.src) != 6:
+            raise BadInput(f"{action}: a MAC address has 6 bytes")
+        if not 0 <= action.port < MAX_PORTS or not 68 <= action.mtu <= 65535:  # RFC 791: 68 is the least MTU
+            raise BadInput(f"{action}: ports are 0 to {MAX_PORTS - 1}, MTUs 68 to 65535")
+        header = action.dst + action.src
+        what = ACTION_FORWARD | action.port << 8 | action.mtu << 24
+        return what, _signed(header[:8]), int.from_bytes(header[8:], "little"), 0
+    kind = PUNT if isinstance(action, Punt) else DROP
+    local = LOCAL if action == Punt("local") else 0
+    verdict = (kind << KIND_SHIFT) + reason_code(action.reason)
+    return ACTION_SETTLE | local, 0, verdict << 32, 0
+
+
+def _signed(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
+@native
+class NextHopsView:
+    """The next hops as one worker sees them: `cell` holds the base address, `hits` is its own array of hit marks."""
+
+    cell: word
+    hits: word
+    epoch_at: word
+    capacity: word
+
+
+@native
+class RoutesView:
+    """`Routes` as one worker sees them."""
+
+    fib: Lpm4View
+    next_hops: NextHopsView
+
+    @property
+    def hops(self) -> int:
+        """Address of entry 0."""
+        return load64(self.next_hops.cell) + 8 * _HOPS
+
+    @property
+    def capacity(self) -> int:
+        return self.next_hops.capacity
+
+    @property
+    def hits(self) -> int:
+        return self.next_hops.hits
+
+    @property
+    def epoch(self) -> int:
+        return load64(self.next_hops.epoch_at)
+
+    def checks(self, port: int) -> int:
+        """The PORT_ flags of a port."""
+        return load64(load64(self.next_hops.cell) + 8 * (_PORT_FLAGS + port))
+
+    @property
+    def local_bits(self) -> int:
+        """Address of the filter of this host's own addresses, for `is_marked`."""
+        return load64(self.next_hops.cell) + 8 * _LOCAL_BITS
+
+
+class Routes:
+    """What one `forward` stage reads. Binds to a stage as it is; `fib` and `next_hops` may be shared."""
+
+    #: Reasons that reach the pipeline through table entries, not through literals in a stage.
+    stage_reasons = REASONS
+
+    def __init__(self, *, routes: int = 1 << 20, next_hops: int = 1 << 16) -> None:
+        self.fib = Lpm4(capacity=routes)
+        self.next_hops = NextHops(next_hops)
+
+    def set_port(self, port: int, rp_filter: int = 0, redirects: bool = False, accept_local: bool = False) -> None:
+        """What is asked of packets that arrive on `port`.
+
+        rp_filter as the kernel's sysctl has it (RFC 3704): 0 none, 1 strict (the way back leaves by that port), 2
+        loose (there is one). redirects: packets that would leave by the port they came in by go to Linux, which sends
+        an ICMP redirect. accept_local: this host's own addresses may be sources.
+        """
+        if not 0 <= port < MAX_PORTS or rp_filter not in (0, 1, 2):
+            raise BadInput(f"port {port}, rp_filter {rp_filter}", f"ports are 0 to {MAX_PORTS - 1}, rp_filter 0, 1 or 2")
+        flags = (0, PORT_RPF_STRICT, PORT_RPF_LOOSE)[rp_filter]
+        flags |= (PORT_REDIRECTS if redirects else 0) | (PORT_ACCEPT_LOCAL if accept_local else 0)
+        self.next_hops.set_word(_PORT_FLAGS + port, flags)
+
+    def set_local(self, prefixes: Iterable[tuple[int, int]]) -> None:
+        """This host's own (address, length) prefixes: packets that claim to come from there are dropped.
+
+        Only a filter: the address must also have a route to ``Punt("local")``.
+        """
+        bits = np.zeros(64 * _LOCAL_WORDS, np.uint8)
+        for address, length in prefixes:
+            if length < 32:
+                bits[:] = 1
+            else:
+                bits[_hash(address)] = 1
+        words = np.packbits(bits, bitorder="little").view(np.int64)
+        with self.next_hops.batch():
+            for offset, value in enumerate(words.tolist()):
+                self.next_hops.set_word(_LOCAL_BITS + offset, value)
+
+    def stage_tables(self) -> tuple[Table, ...]:
+        """See `libfp.engine.decorator.Bindable`."""
+        return self.fib, self.next_hops
+
+    def stage_view(self, replica: Callable[[Any], Any]) -> RoutesView:
+        """See `libfp.engine.decorator.Bindable`."""
+        return RoutesView(replica(self.fib), replica(self.next_hops))
