@@ -68,7 +68,9 @@ def lab():
 def pair(lab):
     host, far = lab.host("host"), lab.host("far")
     lab.link(host, "p0", far, "w0")
-    return host, Wire(far, "w0", host.mac("p0"))
+    wire = Wire(far, "w0", host.mac("p0"))
+    with wire.socket:
+        yield host, wire
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def two(lab):
     host, left, right = lab.host("host"), lab.host("left"), lab.host("right")
     lab.link(host, "p0", left, "w0")
     lab.link(host, "p1", right, "w1")
-    return host, Wire(left, "w0", host.mac("p0")), Wire(right, "w1", host.mac("p1"))
+    wires = Wire(left, "w0", host.mac("p0")), Wire(right, "w1", host.mac("p1"))
+    with wires[0].socket, wires[1].socket:
+        yield host, *wires
 
 
 def test_frames_arrive_whole_and_in_order(pair):

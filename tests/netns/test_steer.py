@@ -77,7 +77,9 @@ def mode(request):
 @pytest.fixture
 def port():
     with Lab() as lab:
-        yield Port(lab)
+        port = Port(lab)
+        with port.tx, port.linux:
+            yield port
 
 
 def to(port, build=udp, **fields):
@@ -256,7 +258,7 @@ def test_merged_segments_are_never_lost_at_the_socket(port, mode):
     client = port.wire.socket(socket.AF_INET, socket.SOCK_STREAM)
     client.connect(("10.0.1.1", 5001))
     connection = server.accept()[0]
-    with connection, port.host.enter():
+    with server, client, connection, port.host.enter():
         for feature in ("tx", "sg", "tso", "gso"):
             port.wire.offload("w0", feature, True)
         with Steer("tcp dport 5001").attach("p0", mode=mode) as attachment, Socket("p0", steer=attachment) as sock:
