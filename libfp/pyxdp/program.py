@@ -240,17 +240,6 @@ def pinhole(filters: Sequence[Filter], *, generic: bool) -> str:
     return "".join(text)
 
 
-def redirect_ingress(index: int) -> str:
-    """A tcx program: every frame goes to the ingress of interface `index`, as if it had arrived there."""
-    return f"""
-define i32 @libfp_punt(ptr %context) section "program" {{
-  %bpf_redirect = inttoptr i64 23 to ptr
-  %action = call i64 %bpf_redirect(i32 {index}, i64 1)
-  %action32 = trunc i64 %action to i32
-  ret i32 %action32
-}}"""
-
-
 def _filter(number: int, wanted: Filter, missed: str) -> str:
     """The blocks of one filter, from %filterN to %redirect or to the block `missed`."""
     prefix = f"filter{number}"

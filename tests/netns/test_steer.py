@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from libfp.errors import AlreadyRunning, InterfaceBusy, Unsupported
-from libfp.pyxdp import LocalAddresses, Socket, Steer, bpf, emit, look, program
+from libfp.pyxdp import LocalAddresses, Socket, Steer, bpf, emit, look
 from libfp.testing.netns import Lab, wait_until
 from libfp.testing.packets import ethernet, icmp_echo, ipv4, tcp, udp
 
@@ -273,6 +273,15 @@ def test_merged_segments_are_never_lost_at_the_socket(port, mode):
             assert sock.statistics.rx_dropped == 0
 
 
+REDIRECT = """
+define i32 @to_ingress(ptr %context) section "program" {{
+  %bpf_redirect = inttoptr i64 23 to ptr
+  %action = call i64 %bpf_redirect(i32 {index}, i64 1)
+  %action32 = trunc i64 %action to i32
+  ret i32 %action32
+}}"""
+
+
 @contextlib.contextmanager
 def tap(host, name, onto):
     """A TAP whose frames arrive at `onto`, as the punt path makes it. Yields its file descriptor."""
@@ -281,7 +290,7 @@ def tap(host, name, onto):
         stack.callback(os.close, fd)
         fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1002))  # TUNSETIFF: TAP, no header
         host.up(name)
-        code = emit.compile_bpf(program.redirect_ingress(host.index(onto)))
+        code = emit.compile_bpf(REDIRECT.format(index=host.index(onto)))
         loaded = stack.enter_context(bpf.Program(code, "libfp_punt", bpf.ATTACH_TCX_INGRESS))
         stack.enter_context(bpf.Link(loaded, host.index(name)))
         yield fd
