@@ -15,7 +15,7 @@ from libfp.testing.wait import wait_until
 
 CLIENT, SERVER, BLACKHOLE = "10.0.1.2", "10.0.2.2", "203.0.113.0/24"
 PICTURE = "  client 10.0.1.2 ──── memory [ parse, forward ] memory ──── 10.0.2.2 server"
-BURST = 256
+BURST, WINDOW = 256, 512  # packets a turn, and on the way at once: rings of 1024 never overflow
 PINGS, BLACKHOLED = 5, 100
 MAC = {name: bytes([2, 0xFB, 0, 0, 0, number]) for number, name in enumerate(("client", "left", "right", "server"))}
 
@@ -94,11 +94,12 @@ class _Path:
         """Send at `rate` packets a second (0: as the rings take them): sent, received once each, seconds it took."""
         first, received, begun = self._next, 0, time.perf_counter()
         while (elapsed := time.perf_counter() - begun) < seconds:
-            due = min(int(elapsed * rate) - (self._next - first), BURST) if rate else BURST
-            sent = self._sender.inject(self._next, due)
-            self._next += sent
             received += self._take(first)
-            if sent == 0:
+            sent = self._next - first
+            due = min(int(elapsed * rate) - sent, BURST) if rate else BURST
+            injected = self._sender.inject(self._next, min(due, WINDOW - (sent - received)))
+            self._next += injected
+            if injected == 0:
                 time.sleep(20e-6)
         quiet = time.perf_counter()
         while received < self._next - first and time.perf_counter() - quiet < 0.2:

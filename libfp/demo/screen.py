@@ -46,7 +46,7 @@ class Screen:
         if self._is_live:
             self._live.stop()
             for line in self._done:
-                self.console.print(Text(line))
+                self.console.print(Text(line), soft_wrap=True)
 
     def step(self, what: str) -> None:
         """What is going on now."""
@@ -57,7 +57,7 @@ class Screen:
         self.now = ""
         self._done.append(f"  {line}")
         if not self._is_live:
-            self.console.print(Text(self._done[-1]))
+            self.console.print(Text(self._done[-1]), soft_wrap=True)
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [Text(self.title, style="bold")]
@@ -116,7 +116,8 @@ def summary(report: Report) -> RenderableType:
     table.add_column(style="bold")
     table.add_column()
     if report.ping_sent:
-        table.add_row("ping", f"{report.ping_received} of {report.ping_sent} answered, {report.ping_ms or 0:.2f} ms")
+        took = "" if report.ping_ms is None else f", {report.ping_ms:.2f} ms"
+        table.add_row("ping", f"{report.ping_received} of {report.ping_sent} answered{took}")
     if report.tcp_mbit_s is not None:
         table.add_row("TCP", f"{report.tcp_mbit_s:,.0f} Mbit/s, intact both ways")
     table.add_row("path", f"carried {report.capacity_pps:,.0f} packets/s end to end when first measured")
