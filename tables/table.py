@@ -9,7 +9,7 @@ control plane for a worker.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -58,6 +58,14 @@ class Table:
     def view(self) -> Any:
         """The master as compiled code sees it. Only to be used while nothing changes the table."""
         return self.view_for(self._cell.address)
+
+    def stage_tables(self) -> tuple[Table, ...]:
+        """A stage that is given this table needs a replica of it for each worker."""
+        return (self,)
+
+    def stage_view(self, replica: Callable[[Table], Any]) -> Any:
+        """What the stage then looks things up in."""
+        return replica(self)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
