@@ -7,6 +7,15 @@ from pathlib import Path
 
 import pytest
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled code of the tests lives in pytest's own cache: the next run finds it, the user's is left alone."""
+    if "LIBFP_CACHE_DIR" not in os.environ and config.cache is not None:
+        folder = config.cache.mkdir("libfp")
+        folder.chmod(0o700)
+        os.environ["LIBFP_CACHE_DIR"] = str(folder)
+
+
 ROOT_FOLDERS = ("netns", "proofs")  # everything in these makes namespaces or AF_XDP sockets
 
 

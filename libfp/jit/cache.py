@@ -17,6 +17,7 @@ import inspect
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
 _ROOT = Path(__file__).resolve().parents[1]
 _HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables")
 _KEEP_SECONDS = 30 * 24 * 3600
+_generating = threading.RLock()
 
 
 def directory() -> Path:
@@ -48,6 +50,7 @@ def directory() -> Path:
         for one in (path, path / "__pycache__"):
             one.mkdir(mode=0o700, exist_ok=True)
             _refuse_shared(one)
+        _refuse_open_parents(path)
     except OSError as error:
         remedy = "set LIBFP_CACHE_DIR to a directory of your own"
         raise CacheNotPrivate(f"cannot keep compiled code in {path} ({error.strerror})", remedy) from None
@@ -56,14 +59,25 @@ def directory() -> Path:
 
 def _refuse_shared(path: Path) -> None:
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        why = f"belongs to user {status.st_uid}"
+    if not stat.S_ISDIR(status.st_mode):
+        why = "is a symbolic link: name the directory itself"
+    elif status.st_uid != os.geteuid():
+        why = f"belongs to user {status.st_uid}, and you are user {os.geteuid()}"
     elif status.st_mode & 0o022:
         why = "can be written by others"
     else:
         return
-    remedy = f"chown and chmod 700 it, or set LIBFP_CACHE_DIR to a directory of your own (you are user {os.geteuid()})"
+    # not chmod: what others have put there already would stay
+    remedy = "remove it, or set LIBFP_CACHE_DIR to a directory that only you can write"
     raise CacheNotPrivate(f"the directory of compiled code, {path}, {why}", remedy)
+
+
+def _refuse_open_parents(path: Path) -> None:
+    """In a directory that anybody can write, and that is not sticky, anybody can put another in its place."""
+    for parent in path.resolve().parents:
+        if parent.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+            what = f"the directory of compiled code, {path}, can be replaced by others: anybody can write {parent}"
+            raise CacheNotPrivate(what, "set LIBFP_CACHE_DIR to a directory that only you can write")
 
 
 @functools.cache
@@ -94,38 +108,62 @@ def generate(name: str, source: str, inputs: str, scope: dict[str, Any] | None =
     """
     digest = hashlib.sha256("\0".join((source, inputs, base_digest())).encode()).hexdigest()[:24]
     module_name = f"{name}_{digest}"
-    if module_name in sys.modules:
+    with _generating:
+        if module_name not in sys.modules:
+            _import(module_name, _written(module_name, source), scope or {})
         return sys.modules[module_name]
+
+
+def _written(module_name: str, source: str) -> Path:
+    """The path of the module, which whoever comes first writes."""
     folder = directory()
     path = folder / f"{module_name}.py"
-    if not path.exists():
+    try:
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, also where reading leaves no mark
+    except FileNotFoundError:
         partial = folder / f".{module_name}.{os.getpid()}"
         partial.write_text(source)
-        partial.rename(path)
+        try:
+            path.hardlink_to(partial)
+        except FileExistsError:
+            pass  # another process was faster
+        finally:
+            partial.unlink()
         _prune(folder)
+    return path
+
+
+def _import(module_name: str, path: Path, scope: dict[str, Any]) -> None:
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    vars(module).update(scope or {})
+    vars(module).update(scope)
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise
-    return module
 
 
 def _prune(folder: Path) -> None:
-    """Remove modules, and numba's files for modules, that are old or have lost their module."""
+    """Remove modules that are old, then numba's files that have lost their module."""
     oldest = time.time() - _KEEP_SECONDS
-    for path in [*folder.glob("*.py"), *folder.glob(".*"), *(folder / "__pycache__").iterdir()]:
+    compiled = list((folder / "__pycache__").iterdir())  # before the modules: each was there before its files
+    kept = set()
+    for path in [*folder.glob("*.py"), *folder.glob(".*")]:
         try:
             status = path.stat()
-            if stat.S_ISREG(status.st_mode) and max(status.st_atime, status.st_mtime) < oldest:
+            if max(status.st_atime, status.st_mtime) >= oldest:
+                kept.add(path.stem)
+            elif stat.S_ISREG(status.st_mode):
                 path.unlink()
         except FileNotFoundError:
             continue  # another process prunes too
+    for path in compiled:
+        if path.name.partition(".")[0] not in kept:
+            path.unlink(missing_ok=True)
 
 
 class Entry:
@@ -154,8 +192,8 @@ class Entry:
 
     def _load(self) -> Callable[..., Any]:
         function = self.function
-        if not function.__module__.startswith("libfp."):
-            raise TypeError(f"{function.__qualname__}: only libfp's own sources are part of an entry point's name")
+        if not is_hot(function.__module__):
+            raise TypeError(f"{function.__qualname__}: only libfp's hot sources are part of an entry point's name")
         names = ", ".join(inspect.signature(function).parameters)
         source = (
             f'"""Generated by libfp: the entry point {function.__module__}.{function.__qualname__}."""\n'

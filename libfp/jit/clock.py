@@ -10,7 +10,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from libfp.jit.policy import kernel
+from libfp.jit.cache import entry
 from libfp.jit.primitive import I64, declare, primitive
 
 _ARM = platform.machine() == "aarch64"
@@ -33,7 +33,7 @@ def clock() -> int:
     return time.perf_counter_ns()
 
 
-@kernel
+@entry
 def _now() -> int:
     return clock()
 

@@ -22,7 +22,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -50,7 +50,10 @@ C = TypeVar("C", bound=type)
 #: Annotation of a field that is an int64.
 word = int
 #: Annotation of a field that is part of the type: a number known when compiling.
-constant = type("constant", (int,), {"__doc__": "Marks a compile-time constant."})
+if TYPE_CHECKING:
+    constant = int
+else:
+    constant = type("constant", (int,), {"__doc__": "Marks a compile-time constant."})
 
 _OPERATORS = {"__contains__": operator.contains, "__getitem__": operator.getitem, "__len__": len}
 
@@ -67,21 +70,32 @@ class NativeType(types.Type):
         return _type_of, (self.cls.__module__, self.cls.__qualname__, self.constants)
 
 
+_classes: dict[tuple[str, str], Any] = {}  # the latest class of each name
+
+
 def _type_of(module: str, name: str, constants: tuple[int, ...]) -> NativeType:
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found._native_type(constants)
+    """A pickled type. Its class is there already, whatever function made it, or its module makes it."""
+    if (module, name) not in _classes:
+        importlib.import_module(module)
+    return _classes[module, name]._native_type(constants)
 
 
 @dataclass_transform()
 def native(cls: C) -> C:
     """Give `cls` a constructor from its annotations and, unless interpreted, a struct of the same layout."""
     fields = inspect.get_annotations(cls, eval_str=True)
-    cls._native_fields = tuple((name, getattr(kind, "__qualname__", "")) for name, kind in fields.items())
+    for name, kind in fields.items():
+        nested = hasattr(kind, "_native_fields") and "constant" not in dict(kind._native_fields).values()
+        if kind is not word and kind is not constant and not nested:
+            raise TypeError(
+                f"{cls.__qualname__}.{name}: {kind!r} is no word, constant, or native class without constants"
+            )
+    made: Any = cls
+    made._native_fields = tuple((name, getattr(kind, "__qualname__", "")) for name, kind in fields.items())
     _add_constructor(cls, fields)
     if not INTERPRETED:
         _Compiled(cls, fields).register()
+    _classes[cls.__module__, cls.__qualname__] = cls
     return cls
 
 
@@ -152,7 +166,7 @@ class _Compiled:
             return NativeValue(native_value._getvalue(), is_error=failed)
 
     def _attributes(self, members: list[tuple[str, Any]]) -> None:
-        known = dict(members) | {name: types.int64 for name in self.constants}
+        known = dict(members) | dict.fromkeys(self.constants, types.int64)
 
         @infer_getattr
         class Fields(AttributeTemplate):

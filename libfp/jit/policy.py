@@ -36,8 +36,10 @@ def cached_kernel(function: Callable[..., Any]) -> Any:
         return function
     if BOUNDSCHECK:  # the address of the region table is baked in
         return numba.njit(**_OPTIONS)(function)
-    location, numba.config.CACHE_DIR = numba.config.CACHE_DIR, ""  # beside the module, whose directory was checked
+    config = numba.config  # beside the module, whose directory was checked, whatever NUMBA_CACHE_DIR says
+    elsewhere = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
+    config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = "", "InTreeCacheLocator"
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
     finally:
-        numba.config.CACHE_DIR = location
+        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = elsewhere
