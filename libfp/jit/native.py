@@ -158,12 +158,19 @@ class _Compiled:
         @unbox(self.kind)
         def unbox_fields(typ: Any, obj: Any, c: Any) -> NativeValue:
             native_value = cgutils.create_struct_proxy(typ)(c.context, c.builder)
-            for name, field in members:
-                attribute = c.pyapi.object_getattr_string(obj, name)
-                setattr(native_value, name, c.unbox(field, attribute).value)
-                c.pyapi.decref(attribute)
-            failed = cgutils.is_not_null(c.builder, c.pyapi.err_occurred())
-            return NativeValue(native_value._getvalue(), is_error=failed)
+            failed = cgutils.alloca_once_value(c.builder, cgutils.false_bit)
+            for name, field in members:  # nothing is asked of Python once it has raised an exception
+                with c.builder.if_then(c.builder.not_(c.builder.load(failed))):
+                    attribute = c.pyapi.object_getattr_string(obj, name)
+                    with c.builder.if_else(cgutils.is_null(c.builder, attribute)) as (missing, there):
+                        with missing:
+                            c.builder.store(cgutils.true_bit, failed)
+                        with there:
+                            given = c.unbox(field, attribute)
+                            setattr(native_value, name, given.value)
+                            c.builder.store(given.is_error, failed)
+                            c.pyapi.decref(attribute)
+            return NativeValue(native_value._getvalue(), is_error=c.builder.load(failed))
 
     def _attributes(self, members: list[tuple[str, Any]]) -> None:
         known = dict(members) | dict.fromkeys(self.constants, types.int64)
