@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from libfp.engine.application import Application as Application
-    from libfp.engine.pipeline import Outcome as Outcome
-    from libfp.engine.pipeline import Pipeline as Pipeline
     from libfp.engine.decorator import Bindable as Bindable
     from libfp.engine.decorator import BoundStage as BoundStage
     from libfp.engine.decorator import Stage as Stage
     from libfp.engine.decorator import stage as stage
+    from libfp.engine.pipeline import Outcome as Outcome
+    from libfp.engine.pipeline import Pipeline as Pipeline
     from libfp.engine.stats import Counters as Counters
     from libfp.engine.worker import Worker as Worker
 

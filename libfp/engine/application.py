@@ -104,8 +104,7 @@ class Application:
         start = ctypes.addressof(ctypes.c_char.from_buffer(self.page.page))
         memory.register(start, len(self.page.page))
         self._page_start = start
-        loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
-        for number, core in enumerate(self.cores):
+        for number in range(len(self.cores)):
             state = WorkerState(
                 self.pipeline,
                 type(self.ports[0]).open_all,
@@ -116,6 +115,8 @@ class Application:
                 punt=self._owner is not None,
             )
             self._states.append(state)
+        loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
+        for number, (core, state) in enumerate(zip(self.cores, self._states, strict=True)):
             self.workers.append(Worker(number, core, state, self.ports, loop))
         self.page.describe(zero_copy=self.zero_copy)
 

@@ -10,10 +10,12 @@ import builtins
 import dis
 import inspect
 import re
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+from numba.core.caching import NullCache
+from numba.core.types import Type
 
 from libfp.engine.decorator import Stage, is_constant
 from libfp.errors import NotCacheable
@@ -54,8 +56,8 @@ class Digest:
                 self._add_code(constant, function, cells, owner, hot)
                 continue
             constants.append(constant)
-            if isinstance(constant, str) and constant != function.__doc__ and _REASON.fullmatch(constant):
-                self.strings.add(constant)
+            if constant != function.__doc__:
+                self.add_strings(constant)
         if not hot:
             # a docstring is no part of the machine code, nor is where the file lies
             kept = [c for c in constants if not (isinstance(c, str) and c == function.__doc__)]
@@ -64,14 +66,14 @@ class Digest:
             self._add_value(path, value, owner, hot)
 
     def _add_value(self, path: str, value: Any, owner: str, hot: bool) -> None:
-        if isinstance(value, Stage):
-            value = value.function
-        elif isinstance(value, Entry):
+        if isinstance(value, Stage | Entry):
             value = value.function
         elif hasattr(value, "py_func"):
+            _refuse_cached(path, value, owner)
             value = value.py_func
-        if is_constant(value) or isinstance(value, bool | float | bytes):
+        if is_constant(value) or isinstance(value, float | bytes | np.generic):
             self.parts.append(f"{path} = {type(value).__name__} {value!r}")
+            self.add_strings(value)
         elif isinstance(value, FunctionType):
             if value.__module__.partition(".")[0] not in _VERSIONED:
                 self.add_function(value, owner)
@@ -80,6 +82,21 @@ class Digest:
         elif not hot and not _versioned(value):
             what = f"{owner} reads the global {path!r}, a {type(value).__name__}, which cannot be compiled in"
             raise NotCacheable(what, "bind it to the stage, or make it a number, a string or a tuple")
+
+    def add_strings(self, value: Any) -> None:
+        """The reasons that `value`, a constant, may be or hold."""
+        if isinstance(value, tuple):
+            for one in value:
+                self.add_strings(one)
+        elif isinstance(value, str) and _REASON.fullmatch(value):
+            self.strings.add(value)
+
+    def add_object(self, value: Any) -> None:
+        """The classes of a native object and of those in its fields."""
+        self._add_class(type(value), type(value).__qualname__)
+        for name, _ in value._native_fields:
+            if hasattr(type(field := getattr(value, name)), "_native_fields"):
+                self.add_object(field)
 
     def _add_class(self, cls: Any, owner: str) -> None:
         if id(cls) in self._seen:
@@ -92,21 +109,29 @@ class Digest:
                     self.add_function(function, owner)
 
 
+def _refuse_cached(path: str, value: Any, owner: str) -> None:
+    if not isinstance(getattr(value, "_cache", None), NullCache | None):
+        what = f"{owner} calls {path!r}, which numba caches by itself: its code would outlive what it is made of"
+        raise NotCacheable(what, "decorate it with libfp.jit.kernel")
+
+
 def _versioned(value: Any) -> bool:
-    """Part of a library whose version is in every hash."""
-    if (
-        isinstance(value, BuiltinFunctionType | np.ufunc)
-        or getattr(builtins, getattr(value, "__name__", ""), 0) is value
-    ):
-        return True
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return str(module).partition(".")[0] in _VERSIONED or isinstance(value, np.generic)
+    """A module, type or function of a library whose version is in every hash; a value never is."""
+    if isinstance(value, ModuleType):
+        home = value.__name__
+    elif isinstance(value, Type):
+        home = type(value).__module__
+    elif callable(value):
+        home = getattr(value, "__module__", None) or type(value).__module__
+    else:
+        return False
+    return home.partition(".")[0] in _VERSIONED
 
 
 def _reads(code: CodeType, scope: dict[str, Any], cells: dict[str, Any]) -> list[tuple[str, Any]]:
     """The values a function reads by name: globals, closure cells, and attributes of modules among them."""
     found, path, value = [], "", _EMPTY
-    for instruction in [*dis.get_instructions(code), None]:
+    for instruction in [*(one for one in dis.get_instructions(code) if one.opname != "EXTENDED_ARG"), None]:
         if (
             instruction is not None
             and isinstance(value, ModuleType)

@@ -166,7 +166,7 @@ def render(
         title=title,
         arguments="".join(f", {name}" for name in arguments),
         process="\n".join(lines),
-        seal="    seal(context)" if sealed else "",
+        seal="    if context.running():  # not where it is only compiled\n        seal(context)" if sealed else "",
         kick="            kick(context, port)" if kick == "inline" else "",
         park=park_lines if idle == "park" else "",
         budget=budget,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from libfp.engine.context import RECORD
 from libfp.engine.settle import RECORD_ENTRY
 from libfp.engine.state import WorkerState
+from libfp.errors import BadInput
 from libfp.jit import Arena, load32, load64, store64
 from libfp.jit.memory import view
 from libfp.packet.burst import BURST
@@ -32,6 +33,11 @@ class Once:
         self._step = pipeline.module().step
 
     def run(self, packets: list[bytes], port: int) -> list[Outcome]:
+        if not 0 <= port < len(self.ports):
+            raise BadInput(f"packets for port {port} of {len(self.ports)}", "ports count from 0")
+        room = self.state.frames.frame_size
+        if (largest := max(map(len, packets), default=0)) > room:
+            raise BadInput(f"a packet of {largest} bytes", f"a frame holds {room}")
         found: list[Outcome] = []
         arguments = self.state.direct_arguments()
         self._step(*arguments)  # fills the fill rings the first time
@@ -52,8 +58,8 @@ class Once:
         for entry in range(at + 16, at + 16 + RECORD_ENTRY * load64(at), RECORD_ENTRY):
             frame, length = load64(entry), load32(entry + 8)
             data = bytes(view(umem + frame, length))
-            verdict, out_port, next_hop = load32(entry + 12), load32(entry + 20), load32(entry + 24)
-            by_frame[frame // stride] = outcome(self.pipeline.reasons, verdict, data, out_port, next_hop)
+            verdict, next_hop = load32(entry + 12), load32(entry + 24)
+            by_frame[frame // stride] = outcome(self.pipeline.reasons, verdict, data, next_hop)
         for one in self.ports:
             one.collect()
         return [by_frame[frame // stride] for frame in placed]

@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from libfp.engine import loop
+from libfp.engine.decorator import Bindable, BoundStage, Stage, as_bound, is_constant
 from libfp.engine.digest import Digest
 from libfp.engine.reasons import Reasons
-from libfp.engine.decorator import Bindable, BoundStage, Stage, as_bound, is_constant
 from libfp.errors import BadInput
 from libfp.jit.cache import generate
-from libfp.packet.verdict import KINDS
+from libfp.packet.verdict import KINDS, PORT_MASK
 
 #: Words of table updates a worker applies between two bursts, at most.
 UPDATE_BUDGET = 512
@@ -46,8 +46,11 @@ class Pipeline:
         self._digest = Digest()
         for bound in self.stages:
             self._digest.add_function(bound.stage.function, f"stage {bound.stage.__name__!r}")
-        named = {reason for bound in self.stages for value in bound.arguments for reason in _reasons_of(value)}
-        self.reasons = Reasons(self._digest.strings | named, rates)
+            for value in bound.arguments:
+                if is_constant(value):
+                    self._digest.add_strings(value)
+                self._digest.strings.update(getattr(value, "stage_reasons", ()))  # given through its entries
+        self.reasons = Reasons(self._digest.strings, rates)
         self._bindings: list[Any] = []  # what the loop takes as arguments, in order
         self._calls: list[tuple[bool, str]] = []
         for bound in self.stages:
@@ -76,10 +79,16 @@ class Pipeline:
 
     def bind(self, replica: Callable[[Any], Any]) -> list[Any]:
         """The loop's arguments for one worker, whose view of a table is `replica(table)`."""
-        return [value.stage_view(replica) if isinstance(value, Bindable) else value for value in self._bindings]
+        made = [value.stage_view(replica) if isinstance(value, Bindable) else value for value in self._bindings]
+        for view in made:
+            self._digest.add_object(view)
+        return made
 
     def module(self, *, kick: str = "none", idle: str = "spin", sealed: bool = False) -> ModuleType:
-        """The generated module, its functions not yet compiled: `process`, `step`, `loop`."""
+        """The generated module, its functions not yet compiled: `process`, `step`, `loop`.
+
+        Call `bind` before: the classes of what it returns are part of the module's name.
+        """
         names = [bound.stage.__name__ for bound in self.stages]
         arguments = [f"a{number}" for number in range(len(self._bindings))]
         title = "the pipeline " + ", ".join(names) + f" (kick: {kick}, idle: {idle})"
@@ -116,15 +125,10 @@ class Pipeline:
         return f"Pipeline({', '.join(map(repr, self.stages))})"
 
 
-def _reasons_of(value: Any) -> Iterable[str]:
-    """Reasons that packets get through a bound object's entries."""
-    return getattr(value, "stage_reasons", ())
-
-
-def outcome(reasons: Reasons, verdict: int, frame: bytes, out_port: int, next_hop: int) -> Outcome:
+def outcome(reasons: Reasons, verdict: int, frame: bytes, next_hop: int) -> Outcome:
     """Name a verdict word."""
     kind, reason = reasons.describe(verdict) if verdict else (KINDS[0], "")
     made = Outcome(f"{kind} {reason}".strip())
     made.frame, made.reason, made.next_hop = frame, reason, next_hop
-    made.port = out_port if kind == "forward" else None
+    made.port = verdict & PORT_MASK if kind == "forward" else None
     return made

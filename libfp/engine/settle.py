@@ -10,7 +10,6 @@ from libfp.engine.context import (
     CONSUMED,
     FIRST_PORT,
     PORT_COUNT,
-    PORTS,
     PUNT_RING,
     REASON_MASK,
     REASONS,
@@ -20,14 +19,16 @@ from libfp.engine.context import (
 )
 from libfp.engine.punt import PuntSlots
 from libfp.engine.reasons import number_of, take_token
-from libfp.jit import kernel, load32, load64, store32, store64
-from libfp.packet.burst import FRAME, LENGTH, NEXT_HOP, OUT_PORT, VERDICT, Burst
-from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PUNT, reason_code
-from libfp.ports.rings import BLOCK, COUNTERS, COUNTERS_SIZE, TX_FULL, PortRings
+from libfp.jit import ctz64, kernel, load32, load32_in, load64, popcount64, shl64, store32, store64
+from libfp.packet.burst import FRAME, LENGTH, NEXT_HOP, VERDICT, Burst
+from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
+from libfp.ports.rings import COUNTERS, COUNTERS_SIZE, TX_FULL
 
 # The record: what a trace sees. Count and capacity, then 32 bytes a packet: frame, length, verdict, ports, next hop.
 RECORD_ENTRY = 32
 
+_FORWARDED = FORWARD << KIND_SHIFT
+_FEW = 4  # ports of one burst that are served one after the other
 _PUNT_RATE = (DROP << KIND_SHIFT) + reason_code("punt-rate")
 _PUNT_FULL = (DROP << KIND_SHIFT) + reason_code("punt-ring-full")
 _BAD_PORT = (DROP << KIND_SHIFT) + reason_code("bad-port")
@@ -38,17 +39,25 @@ _UNDECIDED = (PUNT << KIND_SHIFT) + reason_code("undecided")
 @kernel
 def settle(context: Context, burst: Burst) -> None:
     """Carry out the verdicts of `burst`; leave it with its live packets, in order."""
-    if burst.settled() == 0:
+    settled, other = 0, 0
+    for i in range(burst.count):
+        verdict = load32_in(burst.at, VERDICT + 4 * i)
+        settled |= verdict
+        other |= verdict ^ _FORWARDED
+    if settled == 0:
+        return
+    if other <= PORT_MASK and _send_all(context, burst):
+        burst.count = 0
         return
     at, kept, n = burst.at, 0, burst.count
-    ports, blocks, record = load64(context.at + PORT_COUNT), load64(context.at + PORTS), load64(context.at + RECORD)
+    ports, record = load64(context.at + PORT_COUNT), load64(context.at + RECORD)
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
         if record != 0 and verdict != LIVE:
             _note(record, burst, i, verdict)
         if verdict >> KIND_SHIFT == FORWARD:
-            frame, length, port = burst.frame(i), burst.length(i), load32(at + OUT_PORT + 4 * i)
-            if port >= ports or not PortRings(blocks + BLOCK * port).send(frame, length):
+            frame, length, port = burst.frame(i), burst.length(i), verdict & PORT_MASK
+            if port >= ports or not context.rings(port).send(frame, length):
                 _not_sent(context, frame, port)
         elif verdict == LIVE:
             if kept != i:
@@ -57,6 +66,28 @@ def settle(context: Context, burst: Burst) -> None:
         else:
             _end(context, burst, i, verdict)
     burst.count = kept
+
+
+@kernel
+def _send_all(context: Context, burst: Burst) -> bool:
+    """The usual case, without a branch a packet: every packet goes out, by few ports that have room for all."""
+    used, last, n = 0, 0, burst.count
+    for i in range(n):
+        port = load32_in(burst.at, VERDICT + 4 * i) & PORT_MASK
+        used |= shl64(1, port)
+        last = max(last, port)
+    if last >= min(context.port_count, 64) or popcount64(used) > _FEW or load64(context.at + RECORD) != 0:
+        return False
+    rest = used
+    while rest != 0:
+        if context.rings(ctz64(rest)).room() <= n:  # one more than needed: see `put_those`
+            return False
+        rest &= rest - 1
+    while used != 0:
+        port = ctz64(used)
+        context.rings(port).put_those(burst, _FORWARDED + port)
+        used &= used - 1
+    return True
 
 
 @kernel
@@ -130,6 +161,5 @@ def _note(record: int, burst: Burst, i: int, verdict: int) -> None:
         store32(at + 8, load32(burst.at + LENGTH + 4 * i))
         store32(at + 12, verdict)
         store32(at + 16, burst.port)
-        store32(at + 20, load32(burst.at + OUT_PORT + 4 * i))
         store32(at + 24, load32(burst.at + NEXT_HOP + 4 * i))
         store64(record, count + 1)

@@ -97,6 +97,7 @@ class Worker:
         self.state.memory.stop(True)
         self._thread.join()
         self._thread = None
+        self.state.replicas.stop()
 
     def restart(self) -> None:
         """Stop and start, with fresh replicas; the other workers never notice."""

@@ -30,6 +30,7 @@ from libfp.jit.raw import (
     load16,
     load16be,
     load32,
+    load32_in,
     load32be,
     load64,
     load64be,
@@ -47,6 +48,7 @@ from libfp.jit.raw import (
     store64,
     u32,
     ult64,
+    unlikely,
 )
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "load16",
     "load16be",
     "load32",
+    "load32_in",
     "load32be",
     "load64",
     "load64be",
@@ -94,5 +97,6 @@ __all__ = [
     "store_release64",
     "u32",
     "ult64",
+    "unlikely",
     "word",
 ]

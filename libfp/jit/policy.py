@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core import types
 
 #: The plain-Python mode (``NUMBA_DISABLE_JIT=1``): every stage, table and ring runs interpreted, with checked memory.
 INTERPRETED = bool(numba.config.DISABLE_JIT)
@@ -27,7 +28,25 @@ def kernel(function: Callable[..., Any]) -> Any:
     """
     if INTERPRETED:
         return function
-    return numba.njit(**_OPTIONS)(function)
+    return _once(numba.njit(**_OPTIONS)(function))
+
+
+def _once(dispatcher: Any) -> Any:
+    """Keep numba from compiling a function again for each literal it is called with: half of all compile time.
+
+    LLVM sees the constants anyway, where the function is inlined.
+    """
+    resolve = dispatcher.get_call_template
+
+    def plain(kind: Any) -> Any:
+        literal = isinstance(kind, types.IntegerLiteral | types.BooleanLiteral)
+        return types.unliteral(kind) if literal else kind
+
+    def get_call_template(args: Any, kws: Any) -> Any:
+        return resolve(tuple(map(plain, args)), {name: plain(kind) for name, kind in kws.items()})
+
+    dispatcher.get_call_template = get_call_template
+    return dispatcher
 
 
 def cached_kernel(function: Callable[..., Any]) -> Any:

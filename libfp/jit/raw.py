@@ -133,6 +133,21 @@ def load64be(address: int) -> int:
     return signed64(_read(address, 8, "big"))
 
 
+def _emit_load32_in(context: Any, builder: Any, base: Any, offset: Any) -> Any:
+    if BOUNDSCHECK:
+        guard(context, builder, builder.add(base, offset), ir.Constant(I64, 4))
+    at = builder.gep(builder.inttoptr(base, I8.as_pointer()), [offset], source_etype=I8)
+    load = builder.load(builder.bitcast(at, I32.as_pointer()))
+    load.align = 1
+    return builder.zext(load, I64)
+
+
+@primitive(_emit_load32_in)
+def load32_in(base: int, offset: int) -> int:
+    """``load32(base + offset)``, said so that a loop over `offset` with a fixed `base` becomes vector loads."""
+    return _read(base + offset, 4)
+
+
 @_storer(I8)
 def store8(address: int, value: int) -> None:
     """Store the low byte of `value`."""
@@ -292,6 +307,16 @@ def ult64(a: int, b: int) -> int:
 def u32(value: int) -> int:
     """The low 32 bits of `value`: a ring index that has wrapped."""
     return value & 0xFFFFFFFF
+
+
+def _emit_unlikely(context: Any, builder: Any, value: Any) -> Any:
+    return builder.call(declare(builder, "llvm.expect.i64", I64, I64, I64), [value, ir.Constant(I64, 0)])
+
+
+@primitive(_emit_unlikely)
+def unlikely(value: int) -> int:
+    """`value`, which is nearly always 0 or False: code for the other case is kept out of the way."""
+    return value
 
 
 def _emit_call(context: Any, builder: Any, address: Any, *arguments: Any) -> Any:

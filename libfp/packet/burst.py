@@ -7,13 +7,12 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     16    port      the port they arrived on
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
-    832   kind      64 x u32, 4: a sound IPv4 header at l3; 0: anything else (set by the stage `parse`)
-    1088  l3        64 x u32, bytes between an untagged Ethernet header and the network header: 0 without tags
-    1344  verdict   64 x u32, see `libfp.packet.verdict`
-    1600  next_hop  64 x u32, index of the next hop that decided, 0 for none
-    1856  out_port  64 x u32, where a forwarded packet leaves
-    2112  key       64 x u32, scratch for bulk lookups within one stage
-    2368  mark      64 x u64, for stages to talk to later stages; 0 at first
+    832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header, 0: anything else; above it how
+                    many bytes the network header lies behind where it is in an untagged frame
+    1088  verdict   64 x u32, see `libfp.packet.verdict`
+    1344  next_hop  64 x u32, index of the next hop that decided, 0 for none
+    1600  key       64 x u32, scratch for bulk lookups within one stage
+    1856  mark      64 x u64, for stages to talk to later stages; 0 at first
 
 After a stage, packets that have a verdict leave the burst and the rest move up, in order: a stage finds every packet
 of 0..count-1 live when it begins, and within one stage the first verdict wins.
@@ -21,7 +20,7 @@ of 0..count-1 live when it begins, and within one stage the first verdict wins.
 
 from __future__ import annotations
 
-from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, store32, store64, word
+from libfp.jit import Arena, clear128, load8, load16be, load32, load32_in, load64, native, store32, store64, word
 from libfp.packet.headers import (
     ETHERNET_SIZE,
     ICMP,
@@ -33,11 +32,11 @@ from libfp.packet.headers import (
     Tcp,
     Udp,
 )
-from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
+from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PORT_MASK, PUNT, reason_code
 
 BURST = 64
-FRAME, LENGTH, KIND, L3, VERDICT, NEXT_HOP, OUT_PORT, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856, 2112, 2368
-SIZE = 2880
+FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
+SIZE = 2368
 
 KIND_IPV4 = 4
 
@@ -76,7 +75,7 @@ class Packet:
     @property
     def l3(self) -> int:
         """Address of the network header."""
-        return self.data + ETHERNET_SIZE + load32(self.burst + L3 + 4 * self.i)
+        return self.data + ETHERNET_SIZE + (load32(self.burst + KIND + 4 * self.i) >> 8)
 
     @property
     def l4(self) -> int:
@@ -91,7 +90,7 @@ class Packet:
     @property
     def is_ipv4(self) -> bool:
         """A sound IPv4 header (`parse` has run): `ipv4` may be used."""
-        return load32(self.burst + KIND + 4 * self.i) == KIND_IPV4
+        return load32(self.burst + KIND + 4 * self.i) & 0xFF == KIND_IPV4
 
     @property
     def ipv4(self) -> Ipv4:
@@ -154,9 +153,7 @@ class Packet:
 
     def forward(self, port: int) -> None:
         """Send it by the port of that index."""
-        if self.is_live:
-            store32(self.burst + OUT_PORT + 4 * self.i, port)
-            self.settle(FORWARD << KIND_SHIFT)
+        self.settle((FORWARD << KIND_SHIFT) + (port & PORT_MASK))
 
     def consume(self) -> None:
         """Take it: its frame goes back to the pool, nothing is sent, and it counts as consumed."""
@@ -208,7 +205,7 @@ class Burst:
         return load32(self.at + LENGTH + 4 * i)
 
     def is_ipv4(self, i: int) -> bool:
-        return load32(self.at + KIND + 4 * i) == KIND_IPV4
+        return load32(self.at + KIND + 4 * i) & 0xFF == KIND_IPV4
 
     def is_live(self, i: int) -> bool:
         return load32(self.at + VERDICT + 4 * i) == 0
@@ -229,7 +226,6 @@ class Burst:
         for column in range(0, (count + 31) >> 5):  # two columns' width at a time: 32 packets
             half = at + 128 * column
             clear128(half + KIND)
-            clear128(half + L3)
             clear128(half + VERDICT)
             clear128(half + NEXT_HOP)
             clear128(half + 128 * column + MARK)
@@ -242,7 +238,6 @@ class Burst:
         store64(at + MARK + 8 * j, load64(at + MARK + 8 * i))
         store32(at + LENGTH + 4 * j, load32(at + LENGTH + 4 * i))
         store32(at + KIND + 4 * j, load32(at + KIND + 4 * i))
-        store32(at + L3 + 4 * j, load32(at + L3 + 4 * i))
         store32(at + VERDICT + 4 * j, 0)
         store32(at + NEXT_HOP + 4 * j, load32(at + NEXT_HOP + 4 * i))
 
@@ -250,7 +245,7 @@ class Burst:
         """Not 0 if any packet has a verdict: one pass over a column, which the compiler vectorises."""
         any_verdict, at = 0, self.at + VERDICT
         for i in range(self.count):
-            any_verdict |= load32(at + 4 * i)
+            any_verdict |= load32_in(at, 4 * i)
         return any_verdict
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from libfp.jit import bswap16, kernel, load8, load16, load32, load64, store16
+from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store16
 
 
 @kernel
@@ -31,10 +31,14 @@ def checksum(at: int, size: int) -> int:
 
 @kernel
 def ipv4_checksum_ok(at: int) -> bool:
-    """Whether the 20 bytes at `at`, an IPv4 header without options, sum to zero. Any byte order sums alike."""
-    low, high = load64(at), load64(at + 8)
-    total = (low & 0xFFFFFFFF) + ((low >> 32) & 0xFFFFFFFF) + (high & 0xFFFFFFFF) + ((high >> 32) & 0xFFFFFFFF)
-    total += load32(at + 16)
+    """Whether the 20 bytes at `at`, an IPv4 header without options, sum to zero."""
+    return is_ipv4_sum(load64(at), load64(at + 8), load32(at + 16))
+
+
+@kernel
+def is_ipv4_sum(low: int, high: int, last: int) -> bool:
+    """`ipv4_checksum_ok` of a header that has been loaded: 8, 8 and 4 bytes. Any byte order sums alike."""
+    total = (low & 0xFFFFFFFF) + shr64(low, 32) + (high & 0xFFFFFFFF) + shr64(high, 32) + last
     total = (total & 0xFFFF) + ((total >> 16) & 0xFFFF) + (total >> 32)
     total = (total & 0xFFFF) + (total >> 16)
     return (total & 0xFFFF) + (total >> 16) == 0xFFFF

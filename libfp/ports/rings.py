@@ -23,7 +23,7 @@ from libfp.jit import (
     u32,
     word,
 )
-from libfp.packet.burst import FRAME, LENGTH, Burst
+from libfp.packet.burst import BURST, FRAME, LENGTH, VERDICT, Burst
 
 # Byte offsets in a port's block, one cache line for each ring. Rings: producer, consumer, flags and descriptor
 # addresses, mask, own index, cached index of the other side (for tx the index up to which there is room), and for tx
@@ -31,7 +31,7 @@ from libfp.packet.burst import FRAME, LENGTH, Burst
 RX, TX, FILL, COMPLETION, STATE = 0, 64, 128, 192, 256
 PRODUCER, CONSUMER, FLAGS, DESCS, MASK, OWN, CACHED, PUBLISHED = range(0, 64, 8)
 COUNTERS, FLIGHT_LIMIT, FD, UMEM_SIZE = STATE, STATE + 8, STATE + 16, STATE + 24
-BLOCK = 320
+BLOCK = 512
 
 # Words of a port's counters, in the worker's statistics block.
 RX_PACKETS, RX_BYTES, TX_PACKETS, TX_BYTES, TX_FULL, RX_STARVED = range(0, 48, 8)
@@ -118,7 +118,38 @@ class PortRings:
         store64(desc, frame)
         store64(desc + 8, length)  # the upper half, options, is 0
         store64(at + TX + OWN, u32(own + 1))
+        counters = load64(at + COUNTERS)
+        store64(counters + TX_BYTES, load64(counters + TX_BYTES) + length)
         return True
+
+    def room(self) -> int:
+        """How many packets `send` would take now, at least 64 if there is room for that many."""
+        at = self.at
+        own = load64(at + TX + OWN)
+        room = u32(load64(at + TX + CACHED) - own)
+        if room <= BURST:
+            self.find_room(own)
+            room = u32(load64(at + TX + CACHED) - own)
+        return room
+
+    def put_those(self, burst: Burst, verdict: int) -> None:
+        """`send` for each packet of the burst whose verdict, by this port, is `verdict`; the caller has asked for `room`.
+
+        Every packet is written to the next slot, and the slot is kept if the packet was meant: no branch to mispredict.
+        """
+        at, columns = self.at, burst.at
+        own, descs, mask = load64(at + TX + OWN), load64(at + TX + DESCS), load64(at + TX + MASK)
+        total = 0
+        for i in range(burst.count):
+            desc, length = descs + (own & mask) * 16, load32(columns + LENGTH + 4 * i)
+            meant = int(load32(columns + VERDICT + 4 * i) == verdict)
+            store64(desc, load64(columns + FRAME + 8 * i))
+            store64(desc + 8, length)
+            own += meant
+            total += length * meant
+        store64(at + TX + OWN, u32(own))
+        counters = load64(at + COUNTERS)
+        store64(counters + TX_BYTES, load64(counters + TX_BYTES) + total)
 
     def find_room(self, own: int) -> bool:
         """Look how far `tx` may be filled, and keep that index in its CACHED word."""
@@ -134,14 +165,10 @@ class PortRings:
         own, published = load64(at + TX + OWN), load64(at + TX + PUBLISHED)
         if own == published:
             return
-        descs, mask, total = load64(at + TX + DESCS), load64(at + TX + MASK), 0
-        for i in range(u32(own - published)):
-            total += load32(descs + ((published + i) & mask) * 16 + 8)
         store_release32(load64(at + TX + PRODUCER), own)
         store64(at + TX + PUBLISHED, own)
         counters = load64(at + COUNTERS)
         store64(counters + TX_PACKETS, load64(counters + TX_PACKETS) + u32(own - published))
-        store64(counters + TX_BYTES, load64(counters + TX_BYTES) + total)
 
     def unsent(self) -> bool:
         """Whether the other side has yet to take packets from `tx`."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import kernel, load8, load16be, load32, load32be, load64, prefetch, shr64, store32, store64
-from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, NEXT_HOP, OUT_PORT, VERDICT, Burst
-from libfp.packet.checksum import checksum, ipv4_checksum_ok
+from libfp.jit import bswap32, kernel, load8, load16be, load32, load64, prefetch, shr64, store32, store64, ult64, unlikely
+from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, NEXT_HOP, VERDICT, Burst
+from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 from libfp.stages.routes import (
@@ -34,68 +34,65 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     next hop, no route, no neighbour yet, routes that only Linux can follow. Linux sends the ICMP errors.
     """
     at, n, base = burst.at, burst.count, burst.base
+    checks, local = routes.checks(burst.port), routes.local_bits
+    ask_sources = int(checks & CHECK_SOURCES != 0)
     for i in range(n):
-        if load32(at + KIND + 4 * i) != KIND_IPV4:
+        if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
             burst.punt(i, "not-ipv4")
             continue
         ip = base + load64(at + FRAME + 8 * i) + _IP
-        if load8(ip) != 0x45:
+        low, high, last = load64(ip), load64(ip + 8), load32(ip + 16)
+        if unlikely(low & 0xFF != 0x45):
             check_with_options(burst, i, ip)
             continue
-        if not ipv4_checksum_ok(ip):
+        if unlikely(not is_ipv4_sum(low, high, last)):
             burst.drop(i, "ipv4-checksum")
             continue
-        destination, source = load32be(ip + 16), load32be(ip + 12)
-        store32(at + KEY + 4 * i, destination)
-        if load8(ip + 8) <= 1 or is_special(destination) or is_special(source):
-            check_special(burst, i, destination, source, load8(ip + 8))
+        source = bswap32(shr64(high, 32))
+        store32(at + KEY + 4 * i, bswap32(last))
+        ttl_ends = (high & 0xFF) < 2
+        unusual = is_special(last & 0xFF) | is_special(source >> 24) | is_marked(local, source)
+        if unlikely(ttl_ends | unusual | ask_sources != 0):
+            check_unusual(burst, i, routes, bswap32(last), source, high & 0xFF, checks)
     routes.fib.lookup_burst(at + KEY, at + NEXT_HOP, n)
-    hops, limit, local = routes.hops, routes.capacity, routes.local_bits
+    hops, most, port_in = routes.hops, routes.capacity - 1, burst.port
     for i in range(n):
         prefetch(hops + HOP_SIZE * load32(at + NEXT_HOP + 4 * i))
-    checks, port_in = routes.checks(burst.port), burst.port
     hits, epoch = routes.hits, routes.epoch
     for i in range(n):
-        if load32(at + VERDICT + 4 * i) != 0:
+        if unlikely(load32(at + VERDICT + 4 * i) != 0):
             continue
         hop = load32(at + NEXT_HOP + 4 * i)
-        if hop >= limit or hop == 0:
+        if unlikely(ult64(hop - 1, most) == 0):
             burst.punt(i, "no-route")
             continue
-        data = base + load64(at + FRAME + 8 * i)
-        source = load32be(data + _IP + 12)
-        if checks & CHECK_SOURCES != 0 or is_marked(local, source):
-            if not source_is_valid(burst, i, routes, source, checks):
-                continue
         entry = hops + HOP_SIZE * hop
-        what = load64(entry)
-        if what & 0xFF != ACTION_FORWARD:
-            burst.packet(i).settle(shr64(load64(entry + 16), 32))
+        what, last = load64(entry), load64(entry + 16)
+        if unlikely(what & 0xFF != ACTION_FORWARD):
+            burst.packet(i).settle(shr64(last, 32))
             continue
+        data = base + load64(at + FRAME + 8 * i)
         port = what >> 8 & 0xFFFF
-        if load16be(data + _IP + 2) > what >> 24 & 0xFFFFFF:
+        if unlikely(load16be(data + _IP + 2) > what >> 24):
             burst.punt(i, "fragment-needed")
             continue
-        if port == port_in and checks & PORT_REDIRECTS != 0:
+        if checks & PORT_REDIRECTS != 0 and port == port_in:  # in this order: the port is anybody's guess
             burst.punt(i, "redirect")
             continue
-        first, last = load64(entry + 8), load64(entry + 16)
-        word = load64(data + _IP + 8)  # TTL, protocol, checksum, source
-        checked = (word >> 16 & 0xFFFF) + 1  # RFC 1141: the TTL is the first byte of its 16-bit word
-        store64(data, first)
+        word = load32(data + _IP + 8)  # TTL, protocol, checksum
+        checked = (word >> 16) + 1  # RFC 1141: the TTL is the first byte of its 16-bit word
+        store64(data, load64(entry + 8))
         store32(data + 8, last)
         store32(data + _IP + 8, (word & 0xFFFF) - 1 | (checked + (checked >> 16)) << 16)
-        if load32(hits + 4 * hop) != epoch:
+        if unlikely(load32(hits + 4 * hop) != epoch):
             store32(hits + 4 * hop, epoch)
-        store32(at + OUT_PORT + 4 * i, port)
-        store32(at + VERDICT + 4 * i, FORWARD << KIND_SHIFT)
+        store32(at + VERDICT + 4 * i, (FORWARD << KIND_SHIFT) + port)
 
 
 @kernel
-def is_special(address: int) -> bool:
-    """0/8, 127/8, and 224/4 and above: no plain unicast destination."""
-    first = address >> 24
-    return first == 0 or first == 127 or first >= 224
+def is_special(first: int) -> bool:
+    """Whether that first byte of an address means 0/8, 127/8, or 224/4 and above: no plain unicast address."""
+    return ((first - 1) & 0xFF >= 223) | (first == 127)
 
 
 @kernel
@@ -106,8 +103,11 @@ def is_special_source(address: int) -> bool:
 
 
 @kernel
-def check_special(burst: Burst, i: int, destination: int, source: int, ttl: int) -> None:
-    """The verdict on a packet that `is_special` or whose TTL ends, by name; class E (240/4) is routed, as by Linux."""
+def check_unusual(burst: Burst, i: int, routes: RoutesView, destination: int, source: int, ttl: int, checks: int) -> None:
+    """The verdict, if there is one, on a packet whose addresses or TTL want a closer look; in the order Linux looks.
+
+    Class E (240/4) is routed, as by Linux.
+    """
     first = destination >> 24
     if is_special_source(source):
         burst.drop(i, "martian-source")
@@ -117,7 +117,7 @@ def check_special(burst: Burst, i: int, destination: int, source: int, ttl: int)
         burst.drop(i, "martian-destination")
     elif first >= 224 and first < 240:
         burst.punt(i, "multicast")
-    elif ttl <= 1:
+    elif source_is_valid(burst, i, routes, source, checks) and ttl < 2:
         burst.punt(i, "ttl-expired")
 
 

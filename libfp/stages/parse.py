@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import load8, load16, load16be, load32, store32
-from libfp.packet.burst import KIND, KIND_IPV4, Burst
+from libfp.jit import load8, load16, load16be, load32, load64, store32, unlikely
+from libfp.packet.burst import FRAME, KIND, KIND_IPV4, LENGTH, Burst
 from libfp.packet.headers import ETHERNET_SIZE
 
 _IPV4_TYPE = 0x0008  # 0x0800 as the machine loads it
@@ -19,15 +19,16 @@ def parse(burst: Burst) -> None:
     Afterwards `packet.is_ipv4` says that the header, options and all `total_length` bytes are inside the frame.
     Malformed packets are dropped by name; other protocols pass unmarked.
     """
+    columns, base = burst.at, burst.base
     for i in range(burst.count):
-        length = burst.length(i)
-        if length < _IPV4_MIN:
+        length = load32(columns + LENGTH + 4 * i)
+        if unlikely(length < _IPV4_MIN):
             if length < ETHERNET_SIZE:
                 burst.drop(i, "ethernet-truncated")
             elif load16(burst.data(i) + 12) == _IPV4_TYPE:
                 burst.drop(i, "ipv4-truncated")
             continue
-        at = burst.data(i)
+        at = base + load64(columns + FRAME + 8 * i)
         if load32(at + 12) & 0x00FF_FFFF == _PLAIN:
             header = 20
         elif load16(at + 12) != _IPV4_TYPE:
@@ -38,9 +39,9 @@ def parse(burst: Burst) -> None:
         else:
             header = (load8(at + ETHERNET_SIZE) & 15) << 2
         total = load16be(at + ETHERNET_SIZE + 2)
-        if header < 20 or total < header:
+        if unlikely((header < 20) | (total < header)):
             burst.drop(i, "ipv4-header-length")
-        elif ETHERNET_SIZE + total > length:
+        elif unlikely(ETHERNET_SIZE + total > length):
             burst.drop(i, "ipv4-truncated")
         else:
-            store32(burst.at + KIND + 4 * i, KIND_IPV4)
+            store32(columns + KIND + 4 * i, KIND_IPV4)

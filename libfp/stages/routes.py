@@ -27,7 +27,7 @@ from libfp.tables.table import Table
 from libfp.tables.words import Words, put, seal
 
 ACTION_NONE, ACTION_FORWARD, ACTION_SETTLE = 0, 1, 2
-LOCAL = 1 << 48  # in an entry's first word: this host's own address
+LOCAL = 1 << 48  # in the first word of an entry that punts: this host's own address
 
 PORT_RPF_STRICT, PORT_RPF_LOOSE, PORT_REDIRECTS, PORT_ACCEPT_LOCAL = 1, 2, 4, 8
 CHECK_SOURCES = PORT_RPF_STRICT | PORT_RPF_LOOSE
