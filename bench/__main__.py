@@ -1,0 +1,42 @@
+"""``python -m bench NAME...``: measure, one JSON line a case on standard output."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from bench.harness import run
+from libfp.errors import BadInput, Error
+
+#: Name -> module with ``cases()``.
+BENCHES = {
+    "forward": "the full IPv4 forwarding compute: stages against one flat kernel",
+    "start": "from the command to the first forwarded packet, and to `fp --help`",
+    "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",
+}
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds a case, instead of its own number.")
+@click.option("--case", "only", help="Only the cases whose name holds this text.")
+def main(names: tuple[str, ...], rounds: int | None, only: str | None) -> None:
+    """Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything."""
+    for name in names or BENCHES:
+        if name not in BENCHES:
+            raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
+        cases = importlib.import_module(f"bench.{name}").cases()
+        for _ in run((case for case in cases if only is None or only in case.case), rounds):
+            pass
+
+
+if __name__ == "__main__":
+    try:
+        main.main(standalone_mode=False)
+    except (Error, click.ClickException) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
