@@ -79,6 +79,7 @@ class PuntRing:
         self._arena = Arena(_SLOTS + slots * frame_size)
         self.slots = PuntSlots(self._arena.address, slots, frame_size)
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.drain(np.zeros(0, np.int32))  # compiles now, not when the first packet waits
 
     def drain(self, fds: np.ndarray) -> int:
         """Write every waiting frame to the file descriptor of its port, without the GIL; return how many.

@@ -93,6 +93,7 @@ class Replicas:
         self._retired_at = 0
         self._stale = False
         self._lock = threading.Lock()
+        _deliver(self._ring.view, 0, 0, 0)  # compiles now, not when the first change is to be delivered
         with self._all_tables():
             self._fresh()
             for table in self.tables:

@@ -80,6 +80,7 @@ class WorkerState:
                 flight_limit=port.flight_limit,
                 fd=port.fd,
                 umem_size=self.frames.size,
+                zero_copy=port.zero_copy,
             )
         self._fill_context(statistics)
         self._arguments = self.pipeline.bind(self.replicas.view)

@@ -30,7 +30,7 @@ from libfp.packet.burst import BURST, FRAME, LENGTH, VERDICT, Burst
 # the last published producer.
 RX, TX, FILL, COMPLETION, STATE = 0, 64, 128, 192, 256
 PRODUCER, CONSUMER, FLAGS, DESCS, MASK, OWN, CACHED, PUBLISHED = range(0, 64, 8)
-COUNTERS, FLIGHT_LIMIT, FD, UMEM_SIZE = STATE, STATE + 8, STATE + 16, STATE + 24
+COUNTERS, FLIGHT_LIMIT, FD, UMEM_SIZE, ZERO_COPY = range(STATE, STATE + 40, 8)
 BLOCK = 512
 
 # Words of a port's counters, in the worker's statistics block.
@@ -182,7 +182,9 @@ class PortRings:
         return waiting and load_acquire32(load64(self.at + TX + FLAGS)) & NEED_WAKEUP != 0
 
     def wants_rx_kick(self) -> bool:
-        """The driver ran out of frames and asks to be called now that there are some."""
+        """The driver ran out of frames and asks to be called now that there are some. In copy mode no driver does."""
+        if load64(self.at + ZERO_COPY) == 0:
+            return False
         return load_acquire32(load64(self.at + FILL + FLAGS)) & NEED_WAKEUP != 0
 
     def reclaim(self, free: FreeFrames) -> None:
@@ -254,6 +256,7 @@ class PortBlocks:
         flight_limit: int,
         fd: int,
         umem_size: int,
+        zero_copy: bool,
     ) -> None:
         """Describe a port: its rings in the order rx, tx, fill, completion, with the indexes they hold now."""
         at = self.arena.address + port * BLOCK
@@ -265,7 +268,6 @@ class PortBlocks:
         store64(at + TX + CACHED, load64(at + TX + OWN))
         store64(at + RX + CACHED, load64(at + RX + OWN))  # look again, as for tx
         store64(at + TX + PUBLISHED, load64(at + TX + OWN))
-        for where, value in zip(
-            (COUNTERS, FLIGHT_LIMIT, FD, UMEM_SIZE), (counters, flight_limit, fd, umem_size), strict=True
-        ):
-            store64(at + where, value)
+        values = {COUNTERS: counters, FLIGHT_LIMIT: flight_limit, FD: fd, UMEM_SIZE: umem_size, ZERO_COPY: zero_copy}
+        for where, value in values.items():
+            store64(at + where, int(value))

@@ -246,6 +246,14 @@ class Routes:
     def __init__(self, *, routes: int = 1 << 20, next_hops: int = 1 << 16) -> None:
         self.fib = Lpm4(capacity=routes)
         self.next_hops = NextHops(next_hops)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Make a change and take it back: what changes the tables is compiled now, not when a route is in a hurry."""
+        hop = self.next_hops.add(Drop("blackhole"))
+        self.fib.set(0, 32, hop)
+        self.fib.remove(0, 32)
+        self.next_hops.remove(hop)
 
     def set_port(self, port: int, rp_filter: int = 0, redirects: bool = False, accept_local: bool = False) -> None:
         """What is asked of packets that arrive on `port`.
