@@ -21,10 +21,12 @@ _ONES, _HIGHS = 0x0001010101010101, 0x0080808080808080
 _K, _K2 = 0x2D358DCCAA6C78A5, 0x4B33A62ED433D4A3
 
 
-@kernel
-def bucket_bytes(words):  # type: ignore[no-untyped-def]
+def bucket_size(words: int) -> int:
     """Bytes a bucket of keys of so many words: whole cache lines."""
     return (8 + SLOTS * 8 * (words + 1) + 63) & ~63
+
+
+bucket_bytes = kernel(bucket_size)  # for compiled code: called from Python it would be compiled at every start
 
 
 @kernel

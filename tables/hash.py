@@ -15,7 +15,7 @@ from libfp.errors import BadInput, Error, TableFull
 from libfp.jit import constant, load64, native, store64, word
 from libfp.jit.primitive import MASK64, signed64
 from libfp.tables import hash_update as update
-from libfp.tables.buckets import FIRST, SEED, SLOTS, bucket_bytes, find_word, find_words
+from libfp.tables.buckets import FIRST, SEED, SLOTS, bucket_size, find_word, find_words
 from libfp.tables.keys import codec
 from libfp.tables.table import Table, staged
 from libfp.tables.words import Words
@@ -91,7 +91,7 @@ class Hash(Table, MutableMapping[Any, Any]):
         super().__init__(self._make())
 
     def _make(self) -> Words:
-        size = (FIRST + self._buckets * bucket_bytes(self._key.words)) // 8
+        size = (FIRST + self._buckets * bucket_size(self._key.words)) // 8
         words = Words(size, size)
         fields = words.fields
         fields[update.BUCKETS // 8] = self._buckets

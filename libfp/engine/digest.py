@@ -119,10 +119,10 @@ def _versioned(value: Any) -> bool:
     """A module, type or function of a library whose version is in every hash; a value never is."""
     if isinstance(value, ModuleType):
         home = value.__name__
-    elif isinstance(value, Type):
+    elif isinstance(value, Type | np.ufunc):
         home = type(value).__module__
     elif callable(value):
-        home = getattr(value, "__module__", None) or type(value).__module__
+        home = getattr(value, "__module__", None) or ""
     else:
         return False
     return home.partition(".")[0] in _VERSIONED
