@@ -106,7 +106,6 @@ class WorkerState:
             c.REASON_MASK: reasons.mask,
             c.BUCKETS: buckets.address,
             c.UMEM: self.frames.address,
-            c.FRAME_SIZE: self.frames.frame_size,
             c.POLL_FDS: poll_fds.address,
             c.IDLE_LIMIT: IDLE_LIMIT,
             c.LIBC_SENDTO: address_of("sendto"),

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from libfp.jit import Arena, store64
 from libfp.jit import memory as _memory
-from libfp.ports.rings import FreeFrames, RingAddresses
+from libfp.ports.rings import STACK, FreeFrames, RingAddresses
 
 
 class FrameMemory:
@@ -31,14 +31,15 @@ class FrameMemory:
             for frame in range(frames):
                 _memory.protect(self.address + frame * self.stride + _memory.PAGE, _memory.PAGE)
                 _memory.register(self.address + frame * self.stride, _memory.PAGE)
-        self._stack = Arena(16 + 8 * (frames + 1))
+        self._stack = Arena(STACK + 8 * frames)
         self.free = FreeFrames(self._stack.address)
         self.reset()
 
     def reset(self) -> None:
         """Make every frame free again; only while nobody uses them."""
         store64(self._stack.address, 0)
-        store64(self._stack.address + 8, -self.stride)
+        store64(self._stack.address + 8, self.frames)
+        store64(self._stack.address + 16, -self.stride)
         for frame in reversed(range(self.frames)):
             self.free.push(frame * self.stride)
 

@@ -39,11 +39,12 @@ COUNTER_NAMES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes", "tx_full", 
 COUNTERS_SIZE = 64
 
 NEED_WAKEUP = 1
+STACK = 24  # where the offsets of `FreeFrames` begin
 
 
 @native
 class FreeFrames:
-    """A stack of free frames at `at`: count, mask to a frame's start, then offsets. Last in, first out: warm."""
+    """A stack of free frames at `at`: count, most, mask to a frame's start, then offsets. Last in, first out: warm."""
 
     at: word
 
@@ -52,16 +53,17 @@ class FreeFrames:
         return load64(self.at)
 
     def push(self, address: int) -> None:
-        """Give back the frame that holds the offset `address`."""
+        """Give back the frame that holds the offset `address`. More frames than there are: somebody lies; ignored."""
         n = load64(self.at)
-        store64(self.at + 16 + 8 * n, address & load64(self.at + 8))
-        store64(self.at, n + 1)
+        if n < load64(self.at + 8):
+            store64(self.at + STACK + 8 * n, address & load64(self.at + 16))
+            store64(self.at, n + 1)
 
     def pop(self) -> int:
         """Take a frame; the caller has looked at `count`."""
         n = load64(self.at) - 1
         store64(self.at, n)
-        return load64(self.at + 16 + 8 * n)
+        return load64(self.at + STACK + 8 * n)
 
 
 @native
