@@ -33,6 +33,7 @@ from libfp.jit import (
     u32,
     word,
 )
+from libfp.jit.primitive import signed64
 
 # Two lines apart, because processors fetch lines in pairs.
 _PRODUCER, _SEEN_CONSUMER = 0, 8
@@ -216,11 +217,12 @@ class Spsc:
         return words if self.element == 8 else words.reshape(-1, 2)
 
     def _staged(self, values: Any) -> tuple[int, int]:
-        given = np.asarray(values)
-        if given.dtype == object:  # ints that straddle the sign
-            given = np.array([[int(one) & ((1 << 64) - 1) for one in row] for row in np.atleast_2d(given)], np.uint64)
-            given = given.reshape(np.asarray(values).shape)
-        given = given.astype(np.int64) if given.dtype != np.uint64 else given.view(np.int64)
+        if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+            given = values.astype(np.int64)
+        elif self.element == 8:  # ints one by one: numpy would make floats of some
+            given = np.array([signed64(one) for one in values], np.int64)
+        else:
+            given = np.array([[signed64(one) for one in pair] for pair in values], np.int64).reshape(-1, 2)
         shape = (len(given),) if self.element == 8 else (len(given), 2)
         if given.shape != shape:
             raise BadInput(f"elements of shape {given.shape}", f"this ring takes {shape}")

@@ -47,8 +47,8 @@ def codec(kind: Any) -> Codec:
         dtype = np.dtype({"bool": bool, "int": np.int64}.get(kind, kind) if isinstance(kind, str) else kind)
     except TypeError:
         dtype = np.dtype(object)
-    if dtype.names:
-        return _tuple(tuple(dtype[name] for name in dtype.names))
+    if dtype.fields:
+        return _tuple(tuple(field[0] for field in dtype.fields.values()))
     if dtype.kind == "b":
         return Codec("bool", 1, lambda value: (int(_bool(value)),), lambda words: bool(words[0]))
     if dtype.kind in "ui":
@@ -107,6 +107,9 @@ def _ipv6() -> Codec:
         return str(ipaddress.IPv6Address((words[0] & MASK64) << 64 | words[1] & MASK64))
 
     return Codec("ipv6", 2, encode, decode)
+
+
+_MAC = r"[0-9a-fA-F]{2}([:-])[0-9a-fA-F]{2}(\1[0-9a-fA-F]{2}){4}"
 
 
 def _mac() -> Codec:

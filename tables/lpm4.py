@@ -32,6 +32,7 @@ from libfp.tables.words import Words
 _SLOTS = 64  # byte offset of the slots
 _SPREAD = 16  # how many keys ahead `lookup_burst` asks for memory
 _MOST = 1 << 24
+_AT_ONCE = 1 << 16  # changes that `apply` makes before it hands them over, if their words are few
 
 
 @native
@@ -149,13 +150,15 @@ class Lpm4(Table, MutableMapping[Any, int]):
         """
         given = _arrays(addresses, lengths, values, 0)
         count = given.shape[1]
-        with self.lock, staged(given) as arena, self.batch():
+        with self.lock, staged(given) as arena:
             done = 0
             while done < count:
                 block = self._words.block
-                done = update.apply(block, *(arena.address + 8 * count * i for i in range(3)), done, count)
-                self._settle(self._words.fields[update.STOPPED // 8])
-                self.commit()
+                until = min(count, done + _AT_ONCE)
+                done = update.apply(block, *(arena.address + 8 * count * i for i in range(3)), done, until)
+                stopped = self._words.fields[update.STOPPED // 8]
+                self._hand_over()
+                self._settle(stopped)
 
     def load(self, addresses: Any, lengths: Any, values: Any) -> None:
         """Let the table hold exactly these routes: arrays of host-order addresses, lengths and values.

@@ -38,7 +38,8 @@ class Subscriber(Protocol):
 class Table:
     """Base of all tables. Methods may be called from any thread; one lock a table makes changes one at a time.
 
-    Every change is committed as it is made, unless a `batch` is open.
+    Every change is committed as it is made, unless a `batch` is open. Views hold addresses only: keep the table while
+    a view of it is in use.
     """
 
     def __init__(self, words: Words) -> None:

@@ -1,0 +1,116 @@
+"""`libfp.rings.Spsc` from one thread: what each call does, at every edge, also where the 32-bit indexes wrap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from libfp.errors import BadInput
+from libfp.jit import kernel, load64, store64
+from libfp.rings import Spsc
+from libfp.testing.tables import check_ring
+
+WRAP = 1 << 32
+
+
+@pytest.mark.parametrize("element", [8, 16])
+@pytest.mark.parametrize("size", [2, 4, 8, 64])
+@pytest.mark.parametrize("start", [0, WRAP - 3])
+def test_against_a_deque(size, element, start):
+    check_ring(Spsc(size, element=element, start=start), seed=size + element, steps=150)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 6, -4, 1 << 32])
+def test_refuses_sizes(size):
+    with pytest.raises(BadInput, match="power of two"):
+        Spsc(size)
+
+
+def test_refuses_elements():
+    with pytest.raises(BadInput, match="8 or 16"):
+        Spsc(4, element=4)
+    with pytest.raises(BadInput, match="shape"):
+        Spsc(4, element=16).enqueue_burst(np.arange(3))
+    with pytest.raises(BadInput, match="shape"):
+        Spsc(4).enqueue_burst(np.ones((2, 2), np.int64))
+
+
+def test_bulk_is_all_or_none_and_burst_what_fits():
+    ring = Spsc(4)
+    assert ring.enqueue_bulk(range(5)) == 0
+    assert ring.enqueue_burst(range(5)) == 4
+    assert ring.enqueue(9) is False
+    assert ring.dequeue_bulk(5).tolist() == []
+    assert ring.dequeue_burst(5).tolist() == [0, 1, 2, 3]
+    assert ring.dequeue() is None
+
+
+def test_values_of_64_bits():
+    ring = Spsc(4)
+    ring.enqueue(-1)
+    ring.enqueue((1 << 64) - 1)
+    ring.enqueue_burst(np.array([1 << 63], np.uint64))
+    assert ring.dequeue_burst(4).tolist() == [-1, -1, -(1 << 63)]
+
+
+@kernel
+def _without_copies(ring, rounds):  # type: ignore[no-untyped-def]
+    """Fill and empty the ring in place; return the sum of what came out."""
+    total = 0
+    for turn in range(rounds):
+        granted = ring.reserve(3)
+        for i in range(granted):
+            store64(ring.slot(i), 10 * turn + i)
+        ring.commit(granted)
+        there = ring.peek(ring.size)
+        for i in range(there):
+            total += load64(ring.item(i))
+        ring.release(there)
+    return total
+
+
+@pytest.mark.parametrize("start", [0, WRAP - 5])
+def test_in_place(start):
+    ring = Spsc(8, start=start)
+    assert _without_copies(ring.view, 20) == sum(10 * turn + i for turn in range(20) for i in range(3))
+    assert len(ring) == 0
+
+
+def test_reserved_is_not_published():
+    ring = Spsc(4)
+    assert ring.view.reserve(2) == 2
+    assert len(ring) == 0
+    ring.view.commit(1)
+    assert len(ring) == 1
+
+
+def test_peeked_is_not_given_back():
+    ring = Spsc(2)
+    ring.enqueue_burst([1, 2])
+    assert ring.view.peek(2) == 2
+    assert ring.enqueue(3) is False
+    ring.view.release(1)
+    assert ring.enqueue(3) is True
+    assert ring.dequeue_burst(2).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("start", [0, WRAP - 1])
+def test_a_mark_is_passed_when_all_before_it_is_consumed(start):
+    ring = Spsc(4, start=start)
+    assert ring.view.passed(ring.view.written())
+    ring.enqueue_burst([1, 2])
+    mark = ring.view.written()
+    ring.enqueue(3)
+    assert not ring.view.passed(mark)
+    ring.dequeue()
+    assert not ring.view.passed(mark)
+    ring.dequeue()
+    assert ring.view.passed(mark)
+
+
+def test_reset_empties():
+    ring = Spsc(4)
+    ring.enqueue_burst([1, 2, 3])
+    ring.reset(WRAP - 1)
+    assert len(ring) == 0
+    assert ring.enqueue_burst(range(9)) == 4
