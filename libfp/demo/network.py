@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -55,6 +56,18 @@ class Network:
         return cores[-1]
 
 
+def _prefer(pid: int) -> None:
+    """Let the process (and threads it will start) run before other work that wants its core.
+
+    A receive ring holds a thousand packets: 7 ms of the paced stream, and less than what a busy neighbour on the same
+    core may take at once. Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, -15)
+        with open(f"/proc/{pid}/autogroup", "w") as group:
+            group.write("-15")
+
+
 class RouterProcess:
     """`fp router r0 r1` inside a host."""
 
@@ -72,6 +85,7 @@ class RouterProcess:
             text=True,
             start_new_session=True,
         )
+        _prefer(self.process.pid)
 
     def __enter__(self) -> RouterProcess:
         return self
