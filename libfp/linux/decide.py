@@ -1,0 +1,101 @@
+"""What Linux would do with a packet to an IPv4 prefix, as something the forwarding tables can say.
+
+Pure functions of the mirrored state. The rule throughout: where we cannot tell for certain what Linux would do, the
+packet is punted, and Linux does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from libfp.linux import rtnetlink as rt
+from libfp.linux.state import State
+from libfp.stages.routes import Drop, Forward, Punt
+
+LOCAL, BROADCAST, MULTICAST = Punt("local"), Punt("broadcast"), Punt("multicast")
+NO_ROUTE, UNREACHABLE, PROHIBIT = Punt("no-route"), Punt("unreachable"), Punt("prohibit")
+NO_NEIGHBOUR, VIA_LINUX, BLACKHOLE = Punt("no-neighbour"), Punt("via-linux"), Drop("blackhole")
+
+_BY_TYPE: Mapping[int, Punt | Drop] = {
+    rt.LOCAL: LOCAL,
+    rt.BROADCAST: BROADCAST,
+    rt.ANYCAST: LOCAL,
+    rt.MULTICAST: MULTICAST,
+    rt.BLACKHOLE: BLACKHOLE,  # Linux drops without an answer; for the next two it sends ICMP
+    rt.UNREACHABLE: UNREACHABLE,
+    rt.PROHIBIT: PROHIBIT,
+    rt.THROW: NO_ROUTE,  # Linux goes on with table 253, which is not mirrored
+}
+_WITHOUT_HOP = (rt.LOCAL, rt.BLACKHOLE, rt.UNREACHABLE, rt.PROHIBIT, rt.THROW)  # hold whatever their link's state
+
+
+class Via(NamedTuple):
+    """Out of a port, to a neighbour's MAC address: `gateway` is 4 or 16 bytes. `mtu` is the route's own, or 0."""
+
+    link: int
+    gateway: bytes
+    mtu: int = 0
+
+
+class Direct(NamedTuple):
+    """Out of a port, destinations being on the link itself: each has a MAC address, and so an entry, of its own."""
+
+    link: int
+    mtu: int = 0
+
+
+Target = Via | Direct | Punt | Drop
+
+
+def target(prefix: rt.Prefix, state: State, ports: Mapping[int, int]) -> Target | None:
+    """What happens to packets whose longest match is `prefix`; None when Linux would look at shorter ones.
+
+    `ports` maps link indexes to port numbers. Of a multipath route the first usable hop is taken, which is one that
+    Linux may take too.
+    """
+    routes = state.rib.routes.get(prefix, ())
+    for route in routes:
+        if route.tos:
+            return VIA_LINUX  # Linux chooses by a header field that is not looked at here
+        if route.type not in _WITHOUT_HOP and not any(_hop_holds(hop, state) for hop in route.hops):
+            continue
+        if route.table != rt.TABLE_LOCAL and any(local.covers(prefix) for local in state.rib.local_prefixes):
+            # The local table wins if the host ever had a policy rule (the kernel then keeps the tables apart for
+            # good), else the longer prefix: from outside one cannot tell.
+            return VIA_LINUX
+        if route.type != rt.UNICAST:
+            return _BY_TYPE.get(route.type, VIA_LINUX)
+        return _unicast(prefix, route, state, ports)
+    return None
+
+
+def _unicast(prefix: rt.Prefix, route: rt.Route, state: State, ports: Mapping[int, int]) -> Target:
+    hop = next(hop for hop in route.hops if _hop_holds(hop, state))
+    if hop.link not in ports or hop.encapsulated:
+        return VIA_LINUX
+    if hop.gateway:
+        return Via(hop.link, hop.gateway, route.mtu)
+    if prefix.length == 32:
+        return Via(hop.link, prefix.address.to_bytes(4, "big"), route.mtu)
+    return Direct(hop.link, route.mtu)
+
+
+def _hop_holds(hop: rt.Hop, state: State) -> bool:
+    """Whether a lookup in Linux would take this hop (fib_lookup_good_nhc)."""
+    link = state.links.get(hop.link)
+    if hop.dead or link is None:
+        return False
+    return link.carrier or not state.ignores_linkdown(hop.link)
+
+
+def action(via: Via, state: State, ports: Mapping[int, int]) -> Forward | Punt:
+    """What the next hop does now, given its link and its neighbour."""
+    link = state.links.get(via.link)
+    port = ports.get(via.link)
+    if link is None or port is None or len(link.mac) != 6:
+        return VIA_LINUX
+    neighbour = state.usable(via.link, via.gateway)
+    if neighbour is None or not link.carrier or not link.up:
+        return NO_NEIGHBOUR
+    return Forward(port, neighbour.mac, link.mac, min(via.mtu or link.mtu, link.mtu))

@@ -1,0 +1,265 @@
+"""`Linux`: this host's ports and forwarding tables, kept as Linux has them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from libfp.errors import BadInput, PolicyConflict
+from libfp.linux import guard
+from libfp.linux import rtnetlink as rt
+from libfp.linux.mirror import Mirror
+from libfp.linux.neighbours import HitMarks, interval
+from libfp.linux.ports import HostPort, PortPolicy, policy
+from libfp.linux.punt import PuntPath
+from libfp.linux.state import Changes, State
+from libfp.pyxdp import LocalAddresses, Steer
+from libfp.pyxdp.device import ETHERNET, XDP_HEADROOM, Device, check, check_frame, check_free
+from libfp.stages.routes import Routes
+
+if TYPE_CHECKING:
+    from libfp.engine.punt import PuntRing
+
+log = logging.getLogger("libfp.linux")
+
+LOOK_AGAIN = 5.0  # seconds between looks at settings and policies that nothing announces
+FRAME_SIZES = (2048, 4096)
+LOOPBACK = rt.Prefix(127 << 24, 8)  # as a source it is a martian anyway
+
+
+class Linux:
+    """The interfaces `names` as ports, and this host's routes and neighbours as tables: a context manager.
+
+        with Linux("eth0", "eth1") as linux:
+            Pipeline(parse, forward(linux)).start(linux.ports)
+
+    Linux stays in charge: its routes, neighbours, addresses and settings are followed while the block runs, and what
+    the fast path cannot finish arrives at Linux as if it had just been received. When the kernel would decide
+    otherwise than its routes say (netfilter, policy rules, XFRM, tc, a bridge), nothing is started; `bypass=True`
+    starts nevertheless, and forwarded packets go past those policies.
+
+    mode: how XDP is attached, "auto", "native" or "skb". binding: AF_XDP's "auto", "zero-copy" or "copy". only: a
+    canary, destination prefixes outside of which everything is left to Linux. frame_size: bytes of a UMEM frame, 2048
+    or 4096; by default what the largest MTU needs. progress: called with (what, done, total) while the first copy of
+    the tables is made, from another thread; total is 0 while it is not known.
+
+    Everything is opened in the network namespace of the thread that enters. Raises NoSuchInterface, InterfaceDown,
+    UnsuitableInterface, InterfaceBusy, AlreadyRunning, FrameTooSmall, PolicyConflict, MissingCapability, Unsupported,
+    TableFull, BadInput; nothing is left behind then.
+    """
+
+    def __init__(
+        self,
+        *names: str,
+        bypass: bool = False,
+        mode: Literal["auto", "native", "skb"] = "auto",
+        binding: Literal["auto", "zero-copy", "copy"] = "auto",
+        only: Iterable[str] = (),
+        frame_size: int | None = None,
+        ring_size: int = 1024,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        if not names:
+            raise BadInput("no interface named", "name the interfaces to route between")
+        if len(set(names)) < len(names):
+            raise BadInput(f"an interface named twice in {', '.join(names)}", "name each interface once")
+        self.names, self.bypass = names, bypass
+        self._mode, self._binding, self._only = mode, binding, tuple(only)
+        self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
+        self._resources = ExitStack()
+        self._policies: dict[int, PortPolicy] = {}
+        self._local: dict[rt.Prefix, int] = {}  # of the local table, with their types
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            self._open(undo)
+            self._resources = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, undo: ExitStack) -> None:
+        self.devices: list[Device] = [check(name) for name in self.names]
+        self.frame_size = self._frame_size or _frame_size(self.devices)
+        for device in self.devices:
+            check_frame(device, self.frame_size)
+            check_free(device)
+        self._indexes = {device.index: number for number, device in enumerate(self.devices)}
+        self._guarded = {device.index: device.name for device in self.devices}
+        if not self.bypass:
+            guard.require(self._guarded)
+        self.local = undo.enter_context(LocalAddresses())
+        self.routes = Routes()
+        self.ports: Sequence[HostPort] = [
+            HostPort(
+                name,
+                Steer(only=self._only, local=self.local),
+                xdp=self._mode,
+                binding=self._binding,
+                ring_size=self._ring_size,
+                owner=self,
+            )
+            for name in self.names
+        ]
+        self.punt = PuntPath([(device.index, device.mtu) for device in self.devices])
+        undo.callback(self.punt.close)
+        self._marks = HitMarks()
+        undo.callback(self._marks.close)
+        self._watch = guard.Watch()
+        undo.callback(self._watch.close)
+        self.mirror = Mirror(self.routes, self._indexes, self._changed, self._progress)
+        undo.callback(self.mirror.close)
+        self.mirror.every(interval(self.names), self._mark)
+        self.mirror.every(LOOK_AGAIN, self._look_again)
+        for netlink in self._watch.sockets:
+            self.mirror.watch(netlink, self._look_again)
+        self.mirror.start()
+        self.mirror.wait_synced()
+        self._announce()
+
+    # -- for users
+
+    @property
+    def policies(self) -> list[PortPolicy]:
+        """What Linux's settings say about each port, in the order of `ports`."""
+        return [self._policies.get(device.index, PortPolicy()) for device in self.devices]
+
+    @property
+    def stage_reasons(self) -> tuple[str, ...]:
+        """See `Routes.stage_reasons`: a `Linux` is bound to a stage for its routes."""
+        return self.routes.stage_reasons
+
+    def stage_tables(self) -> Iterable[Any]:
+        """See `libfp.engine.decorator.Bindable`."""
+        return self.routes.stage_tables()
+
+    def stage_view(self, replica: Callable[[Any], Any]) -> Any:
+        """See `libfp.engine.decorator.Bindable`."""
+        return self.routes.stage_view(replica)
+
+    def wait_synced(self, timeout: float | None = 10.0) -> None:
+        """Return when everything that Linux was told before this call is in the tables. Raises TimeoutError."""
+        self.mirror.barrier(3600.0 if timeout is None else timeout)
+
+    def resync(self) -> None:
+        """Have everything read from Linux again. Forwarding is not disturbed; `wait_synced` waits for it."""
+        self.mirror.resync()
+
+    def close(self) -> None:
+        """Stop following Linux and remove the TAPs. Stop the application first. May be called again."""
+        self._resources.close()
+
+    # -- for the application that runs on the ports
+
+    def started(self, rings: Sequence[PuntRing | None]) -> None:
+        """An application runs: its workers' punt rings are drained from now on."""
+        for port, tap in zip(self.ports, self.punt.taps, strict=True):
+            tap.mark(port.attachment.marker if port.attachment is not None else b"")
+        self.punt.start([ring for ring in rings if ring is not None])
+
+    def stopped(self) -> None:
+        """The application has stopped: what its punt rings hold is delivered."""
+        self.punt.stop()
+
+    # -- in the mirror's thread
+
+    def _mark(self) -> None:
+        self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
+
+    def _changed(self, state: State, changes: Changes) -> None:
+        if changes.prefixes:
+            self._follow_local(state, changes.prefixes)
+        for index in changes.links & self._indexes.keys():
+            self._follow_link(state, index)
+        if changes.policy and not self.bypass:
+            self._look_for_conflicts()
+        if changes.netconf or changes.links or changes.policy:
+            self._follow_settings(state)
+
+    def _look_again(self) -> None:
+        self._watch.drain()
+        if not self.bypass:
+            self._look_for_conflicts()
+        self._follow_settings(self.mirror.state)
+
+    def _look_for_conflicts(self) -> None:
+        """A policy that appears while we run has the last word: Linux forwards alone until it is gone."""
+        present = {index: name for index, name in self._guarded.items() if index in self.mirror.state.links}
+        try:
+            guard.require(present)
+        except PolicyConflict as conflict:
+            self.mirror.suspend("policy", conflict.what)
+        else:
+            self.mirror.resume("policy")
+
+    def _follow_local(self, state: State, prefixes: Iterable[rt.Prefix]) -> None:
+        """What is addressed to this host never leaves Linux, and nobody else may send from its addresses."""
+        before = set(self._local)
+        for prefix in prefixes:
+            routes = state.rib.routes.get(prefix)
+            if routes and routes[0].table == rt.TABLE_LOCAL:
+                if prefix not in self._local:
+                    self.local.add(str(prefix))
+                self._local[prefix] = routes[0].type
+            elif prefix in self._local:
+                self.local.remove(str(prefix))
+                del self._local[prefix]
+        if self._local.keys() != before:
+            own = (prefix for prefix, kind in self._local.items() if kind == rt.LOCAL and not LOOPBACK.covers(prefix))
+            self.routes.set_local(own)
+
+    def _follow_link(self, state: State, index: int) -> None:
+        number = self._indexes[index]
+        link, port = state.links.get(index), self.ports[number]
+        if link is None:
+            log.warning("port %s is gone: what went out by it goes to Linux", port.name)
+            return
+        if port.attachment is not None and len(link.mac) == 6:
+            room = self.frame_size - XDP_HEADROOM - ETHERNET
+            port.attachment.update(mac=link.mac, mtu=min(link.mtu, room))
+        if link.mtu != self.punt.taps[number].mtu:
+            self.punt.taps[number].set_mtu(link.mtu)
+
+    def _follow_settings(self, state: State) -> None:
+        for number, device in enumerate(self.devices):
+            now = policy(state, device.index, device.name)
+            before = self._policies.get(device.index)
+            if now != before:
+                self._policies[device.index] = now
+                self.routes.set_port(
+                    number, rp_filter=now.rp_filter, redirects=now.redirects, accept_local=now.accept_local
+                )
+                if not now.forwarding and (before is None or before.forwarding):
+                    log.warning(
+                        "Linux does not forward what arrives on %s (sysctl net.ipv4.ip_forward): it gets all of it",
+                        device.name,
+                    )
+            self.ports[number].pause(not now.forwarding or self.mirror.suspended)
+
+    def _announce(self) -> None:
+        """Say at start what goes to Linux that might have been expected to go past it."""
+        state = self.mirror.state
+        if self.bypass:
+            for conflict in guard.conflicts(self._guarded):
+                log.warning("bypassed: %s", conflict)
+        others: dict[str, int] = {}
+        for routes in state.rib.routes.values():
+            for link in {hop.link for hop in routes[0].hops if routes[0].type == rt.UNICAST}:
+                if link not in self._indexes and link in state.links:
+                    name = state.links[link].name
+                    others[name] = others.get(name, 0) + 1
+        for name, count in sorted(others.items()):
+            log.info("%d route%s out of %s, which is not a port: via Linux", count, "s" * (count != 1), name)
+        if state.default_table:
+            log.info("table default holds routes: what only they match goes via Linux")
+
+
+def _frame_size(devices: Iterable[Device]) -> int:
+    largest = max(device.mtu for device in devices)
+    return next((size for size in FRAME_SIZES if largest + ETHERNET <= size - XDP_HEADROOM), FRAME_SIZES[-1])

@@ -1,0 +1,316 @@
+"""The mirror: a thread that keeps `Routes` what Linux has in its links, addresses, neighbours, settings and routes.
+
+Two states. SYNCING: dump everything, replay the notifications that arrived meanwhile, act on what differs from what was
+known. LIVE: act on notifications. Whatever goes wrong (notifications lost, a message that cannot be) leads back to
+SYNCING, which is an ordinary event: the tables keep their contents until the new dump is whole, then change where it
+differs. Where a dump cannot be had at all, or the tables are full, every packet is left to Linux until it can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from libfp.errors import Error, TableFull
+from libfp.linux import rtnetlink as rt
+from libfp.linux.fib import Fib
+from libfp.linux.netlink import Interrupted, Malformed, Message, Netlink, Overrun
+from libfp.linux.state import Changes, State
+from libfp.stages.routes import Routes
+
+log = logging.getLogger("libfp.mirror")
+
+SYNCING, LIVE, FAILED = "syncing", "live", "failed"
+GROUPS = (
+    rt.GROUP_LINK,
+    rt.GROUP_NEIGH,
+    rt.GROUP_TC,
+    rt.GROUP_IPV4_ADDRESS,
+    rt.GROUP_IPV4_ROUTE,
+    rt.GROUP_IPV4_RULE,
+    rt.GROUP_IPV4_NETCONF,
+    rt.GROUP_NEXTHOP,
+)
+# In this order: what a route means depends on the rest. The bodies are struct ifinfomsg, ifaddrmsg, netconfmsg, ...
+DUMPS = (
+    ("links", rt.RTM_GETLINK, bytes(16)),
+    ("addresses", rt.RTM_GETADDR, struct.pack("=BBBBI", rt.AF_INET, 0, 0, 0, 0)),
+    ("settings", rt.RTM_GETNETCONF, struct.pack("=B3x", rt.AF_INET)),
+    ("neighbours", rt.RTM_GETNEIGH, bytes(12)),
+    ("routes", rt.RTM_GETROUTE, struct.pack("=BBBBBBBBI", rt.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)),
+)
+BUFFER = 64 << 20  # bytes of notifications that may wait while a full table is taken in
+BATCH = 256  # datagrams acted on together at most
+PATIENCE = 5  # dumps that changed while they ran, before one of them is taken as it is and another follows
+RETRY = 1.0  # seconds between dumps that follow one another without need for haste
+
+Listener = Callable[[State, Changes], None]
+Progress = Callable[[str, int, int], None]
+
+
+class Mirror:
+    """Mirrors the calling thread's network namespace into `routes`, from `start` to `close`.
+
+    `ports` maps link indexes to port numbers. `listener` is called in the mirror's thread after each batch of changes
+    with the new state. `progress` is told of the first synchronisation, there too: ("routes", done, total), where the
+    total is 0 while it is not known.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        ports: Mapping[int, int],
+        listener: Listener | None = None,
+        progress: Progress | None = None,
+        buffer: int = BUFFER,
+    ) -> None:
+        self.fib = Fib(routes, ports)
+        self.phase = SYNCING
+        self.error: BaseException | None = None
+        self.resyncs = 0  # dumps taken in
+        self._listener = listener
+        self._progress = progress
+        self._buffer = buffer
+        self._watched: dict[Netlink, Callable[[], None]] = {}
+        self._every: list[tuple[float, Callable[[], None]]] = []
+        self._notifications = Netlink(groups=GROUPS, buffer=buffer)
+        self._pending: deque[Message] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._waiting: list[threading.Event] = []
+        self._resync_at: float | None = 0.0  # when the next dump is due, on the monotonic clock; None: not at all
+        self._stale = False  # the notification socket has lost something
+        self._suspended: dict[str, str] = {}
+        self._stopped = self._closing = False
+        self._synced = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="libfp-mirror", daemon=True)
+
+    @property
+    def state(self) -> State:
+        """What is known of Linux. Belongs to the mirror's thread: look, do not touch."""
+        return self.fib.state
+
+    def every(self, seconds: float, function: Callable[[], None]) -> None:
+        """Have `function` called in the mirror's thread about every so many seconds; before `start`."""
+        self._every.append((seconds, function))
+
+    def watch(self, netlink: Netlink, function: Callable[[], None]) -> None:
+        """Have `function` called in the mirror's thread when this socket has something to read; before `start`."""
+        self._watched[netlink] = function
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and close its sockets. The tables keep their contents."""
+        self._closing = True
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+        self._notifications.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def wait_synced(self, timeout: float | None = None) -> None:
+        """Wait until the first dump has been taken in. Raises what went wrong with it, TimeoutError after `timeout`."""
+        if not self._synced.wait(timeout):
+            raise TimeoutError("the first synchronisation with Linux is not over")
+        if self.error is not None:
+            raise self.error
+
+    def barrier(self, timeout: float = 10.0) -> None:
+        """Return when everything that Linux did before this call is in the tables. Raises TimeoutError."""
+        done = threading.Event()
+        with self._lock:
+            if self._stopped:
+                raise self.error or Error("the mirror is closed")
+            self._waiting.append(done)
+        os.eventfd_write(self._wake, 1)
+        if not done.wait(timeout):
+            raise TimeoutError(f"the mirror has not caught up within {timeout:g} s")
+
+    def resync(self) -> None:
+        """Have everything dumped again, and return at once; `barrier` waits for it."""
+        self._resync_at = 0.0
+        os.eventfd_write(self._wake, 1)
+
+    # -- in the thread
+
+    @property
+    def suspended(self) -> bool:
+        """Whether every packet is left to Linux at the moment."""
+        return bool(self._suspended)
+
+    def suspend(self, reason: str, why: str) -> None:
+        """Leave all packets to Linux until `resume(reason)`; in the mirror's thread only. Logged when it is new."""
+        if self._suspended.get(reason) != why:
+            log.warning("Linux forwards alone: %s", why)
+        self._suspended[reason] = why
+        if not self.fib.publisher.suspended:
+            self.fib.publisher.suspend(True)
+
+    def resume(self, reason: str) -> None:
+        """The reason has gone; when it was the last, forwarding goes on. In the mirror's thread only."""
+        if self._suspended.pop(reason, None) is not None and not self._suspended:
+            log.warning("forwarding again")
+            self.fib.publisher.suspend(False)
+
+    def _run(self) -> None:
+        due = [(time.monotonic() + seconds, seconds, function) for seconds, function in self._every]
+        try:
+            while not self._closing:
+                if self._resync_at is not None and time.monotonic() >= self._resync_at:
+                    self._synchronise()
+                moments = [moment for moment, _, _ in due]
+                if self._resync_at is not None:
+                    moments.append(self._resync_at)
+                self._turn(max(0.0, min(moments, default=time.monotonic() + 60.0) - time.monotonic()))
+                for i, (moment, seconds, function) in enumerate(due):
+                    if time.monotonic() >= moment and self.phase == LIVE:
+                        due[i] = (time.monotonic() + seconds, seconds, function)
+                        function()
+        except BaseException as error:
+            self.error, self.phase = error, FAILED
+            if self._synced.is_set():  # otherwise wait_synced raises it
+                log.exception("the mirror has stopped")
+                self.suspend("mirror", f"the mirror has stopped: {error}")
+        finally:
+            self._synced.set()
+            with self._lock:
+                self._stopped = True
+                waiting, self._waiting = self._waiting, []
+            for event in waiting:
+                event.set()
+
+    def _turn(self, timeout: float) -> None:
+        """Wait for something, take in what is there, and let those who wait for that go on."""
+        sources: list[Netlink | int] = [self._notifications, self._wake, *self._watched]
+        readable, _, _ = select.select(sources, [], [], timeout)
+        if self._wake in readable:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        try:
+            while self._receive():
+                self._act()
+        except (Overrun, Malformed) as error:
+            log.info("synchronising again: %s", error)
+            self._stale, self._resync_at = True, 0.0
+        if waiting and self._resync_at == 0.0:
+            self._synchronise()
+        for netlink, function in self._watched.items():
+            if netlink in readable or (waiting and netlink.ready()):
+                function()
+        for event in waiting:
+            event.set()
+
+    def _receive(self) -> bool:
+        """Take waiting datagrams, a batch at most, off the notification socket; False when there was none."""
+        for taken in range(BATCH):
+            if not self._notifications.ready():
+                return taken > 0
+            self._pending.extend(self._notifications.receive())
+        return True
+
+    def _act(self) -> None:
+        changes = Changes()
+        self._replay(self.state, changes)
+        self._update(self.state, changes)
+
+    def _replay(self, state: State, changes: Changes) -> None:
+        while self._pending:
+            state.apply(self._pending.popleft(), changes)
+        if changes.resync and self._resync_at is None:
+            self._resync_at = time.monotonic() + RETRY
+
+    def _update(self, state: State, changes: Changes) -> None:
+        if not changes:
+            return
+        first = not self._synced.is_set()
+        try:
+            self.fib.update(state, changes, self._report if first else None)
+            self.resume("full")
+        except TableFull as error:
+            if first:
+                raise
+            self.suspend("full", str(error))
+        if self._listener is not None:
+            self._listener(state, changes)
+
+    def _report(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress("routes", done, total)
+
+    def _synchronise(self) -> None:
+        """One dump: SYNCING, then LIVE, or another attempt soon."""
+        self.phase, self._resync_at = SYNCING, None
+        try:
+            fresh = self._dump()
+            self._replay(fresh, Changes())
+            self._update(fresh, fresh.differences(self.state))
+        except (Error, OSError) as error:
+            if self._closing or not self._synced.is_set():
+                raise
+            self.phase, self._resync_at = FAILED, time.monotonic() + RETRY
+            self.suspend("mirror", f"no dump of the kernel's state: {error}")
+            return
+        self.resyncs += 1
+        self.phase = LIVE
+        self.resume("mirror")
+        self._synced.set()
+
+    def _dump(self) -> State:
+        """Everything, from the kernel; notifications that arrive meanwhile are left in `_pending`."""
+        state = State()
+        for _ in range(PATIENCE):
+            try:
+                if self._stale:
+                    self._reopen()
+                state, whole = State(), True
+                with Netlink(buffer=1 << 21) as dumps:
+                    for name, kind, body in DUMPS:
+                        whole &= self._take(state, dumps, name, kind, body)
+                if whole:
+                    return state
+            except Overrun as error:
+                log.info("synchronising again: %s", error)
+                self._stale = True
+        if self._stale:
+            raise Overrun("netlink notifications come faster than they can be taken in")
+        # It changes all the time. What this dump missed, if anything, comes with the next.
+        self._resync_at = time.monotonic() + RETRY
+        return state
+
+    def _take(self, state: State, dumps: Netlink, name: str, kind: int, body: bytes) -> bool:
+        """One dump into `state`; False when something changed while it ran. Raises Overrun, Malformed, OSError."""
+        changes, done = Changes(), 0
+        first = self._progress is not None and not self._synced.is_set()
+        try:
+            for batch in dumps.dump(kind, body):
+                for message in batch:
+                    state.apply(message, changes, dump=True)
+                self._receive()
+                done += len(batch)
+                if first and self._progress is not None:
+                    self._progress(name, done, 0)
+                if self._closing:
+                    raise Error("closed while synchronising")
+        except Interrupted:
+            return False
+        return True
+
+    def _reopen(self) -> None:
+        """A new notification socket: after an overrun, what the old one still holds is older than what it lost."""
+        fresh = Netlink(groups=GROUPS, buffer=self._buffer)
+        self._notifications.close()
+        self._notifications, self._stale = fresh, False
+        self._pending.clear()

@@ -1,0 +1,58 @@
+"""Hit marks: Linux must know which neighbours the fast path uses, or it would let them grow old and go.
+
+A neighbour that only the fast path talks to looks idle to Linux: REACHABLE turns STALE, and STALE is collected. Every
+few seconds the next hops that workers have used are asked for, and for those whose neighbour is STALE a "use" is sent,
+which does what a packet of Linux's own would: a probe soon, and REACHABLE when it is answered.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+
+from libfp.linux import rtnetlink as rt
+from libfp.linux.decide import Via
+from libfp.linux.netlink import Netlink, attribute
+from libfp.linux.state import State
+
+SHORTEST, LONGEST = 0.5, 10.0  # seconds between two looks
+
+
+def interval(names: Iterable[str]) -> float:
+    """How often to look, in seconds: three times in the shortest life of an unused neighbour on these interfaces.
+
+    Reads base_reachable_time and gc_stale_time of the calling thread's network namespace.
+    """
+    lives = [3 * LONGEST]
+    for name in names:
+        folder = f"/proc/sys/net/ipv4/neigh/{name}"
+        try:
+            with open(f"{folder}/base_reachable_time_ms") as reachable, open(f"{folder}/gc_stale_time") as stale:
+                lives += [int(reachable.read()) / 1000, float(stale.read())]
+        except OSError:
+            continue  # gone since
+    return min(LONGEST, max(SHORTEST, min(lives) / 3))
+
+
+class HitMarks:
+    """Sends uses to the kernel, on a socket of its own in the network namespace of the thread that makes it."""
+
+    def __init__(self) -> None:
+        self._netlink = Netlink()
+        self.sent = 0
+
+    def mark(self, used: Iterable[Via], state: State) -> None:
+        """Tell Linux of neighbours that packets have been sent to, where it would not notice."""
+        while self._netlink.ready():  # answers: an entry may have gone meanwhile, which its own message tells
+            self._netlink.receive()
+        wanted: Mapping[tuple[int, bytes], None] = dict.fromkeys((via.link, via.gateway) for via in used)
+        for link, address in wanted:
+            known = state.neighbours.get((link, address))
+            if known is not None and known.state & rt.NUD_STALE:
+                family = rt.AF_INET if len(address) == 4 else rt.AF_INET6
+                body = struct.pack("=B3xiHBB", family, link, 0, rt.NTF_USE, 0) + attribute(1, address)  # NDA_DST
+                self._netlink.send(rt.RTM_NEWNEIGH, 0, body)
+                self.sent += 1
+
+    def close(self) -> None:
+        self._netlink.close()

@@ -1,0 +1,79 @@
+"""The ports of a host: AF_XDP ports that can be handed back to Linux, and what Linux's settings say about each."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from libfp.linux.state import State
+from libfp.ports.xdp import XdpPort
+
+
+class HostPort(XdpPort):
+    """An XdpPort that Linux can take back while workers run: paused, every packet that arrives is Linux's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lock = threading.Lock()  # workers' threads take and leave, the mirror's thread pauses
+        self._taken: set[int] = set()
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def take(self, queue: int) -> None:
+        with self._lock:
+            self._taken.add(queue)
+            if not self._paused:
+                super().take(queue)
+
+    def leave(self, queue: int) -> None:
+        with self._lock:
+            self._taken.discard(queue)
+            super().leave(queue)
+
+    def pause(self, paused: bool) -> None:
+        """Leave all queues to Linux, or take those again that workers want. Nothing happens when it is so already."""
+        with self._lock:
+            if paused == self._paused:
+                return
+            self._paused = paused
+            for queue in self._taken:
+                (super().leave if paused else super().take)(queue)
+
+
+@dataclass(frozen=True)
+class PortPolicy:
+    """What Linux's settings say about packets that arrive on a port.
+
+    `forwarding`: they are forwarded at all. `rp_filter`: 0 no reverse path filter, 1 the way back to the source must
+    leave by this port, 2 there must be a way back. `redirects`: a packet that leaves by the port it came in by has an
+    ICMP redirect sent to its source. `accept_local`: this host's own addresses may be sources.
+    """
+
+    forwarding: bool = True
+    rp_filter: int = 0
+    redirects: bool = True
+    accept_local: bool = False
+
+
+def policy(state: State, link: int, name: str) -> PortPolicy:
+    """The settings in effect; what nothing announces is read from /proc, the rest is as mirrored."""
+    return PortPolicy(
+        forwarding=state.forwarding(link),
+        rp_filter=state.rp_filter(link),
+        redirects=setting("send_redirects", "all", name),
+        accept_local=setting("accept_local", "all", name),
+    )
+
+
+def setting(what: str, *scopes: str) -> bool:
+    """Whether net.ipv4.conf.SCOPE.WHAT is set for any of the scopes, in the calling thread's network namespace."""
+    for scope in scopes:
+        with contextlib.suppress(OSError), open(f"/proc/sys/net/ipv4/conf/{scope}/{what}") as file:
+            if file.read().strip() != "0":
+                return True
+    return False
