@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store16
+from libfp.jit import bswap16, kernel, load8, load16, load32, load64, mul64, shr64, store16, ult64
+from libfp.jit.primitive import signed64
+
+_INVERSE = signed64(pow(65535, -1, 1 << 64))
+_QUOTIENTS = ((1 << 64) - 1) // 65535 + 1
 
 
 @kernel
@@ -39,9 +43,8 @@ def ipv4_checksum_ok(at: int) -> bool:
 def is_ipv4_sum(low: int, high: int, last: int) -> bool:
     """`ipv4_checksum_ok` of a header that has been loaded: 8, 8 and 4 bytes. Any byte order sums alike."""
     total = (low & 0xFFFFFFFF) + shr64(low, 32) + (high & 0xFFFFFFFF) + shr64(high, 32) + last
-    total = (total & 0xFFFF) + ((total >> 16) & 0xFFFF) + (total >> 32)
-    total = (total & 0xFFFF) + (total >> 16)
-    return (total & 0xFFFF) + (total >> 16) == 0xFFFF
+    # The one's complement sum is 0xFFFF if 65535 divides the total: if total / 65535 modulo 2**64 is a small number.
+    return ult64(mul64(total, _INVERSE), _QUOTIENTS) != 0
 
 
 @kernel
