@@ -11,7 +11,7 @@ Offsets count 64-bit words from the arena's beginning. Offset 0 is never a block
 
 from __future__ import annotations
 
-from libfp.jit import Arena, copy, entry, kernel, load32, load64, store32, store64
+from libfp.jit import Arena, kernel, load32, load64, store32, store64
 from libfp.jit.memory import HUGE_PAGE, PAGE
 
 #: Most words of a transaction: what a worker may have to apply between two bursts.
@@ -31,6 +31,8 @@ TABLE = 2048  # what follows is the table's own
 
 _LARGEST = 136
 _LIMBO_SIZE = 1 << 20
+_PAGE_WORDS = PAGE // 8
+_CHUNK = 1 << 17  # words copied at a time: what fits the cache
 
 
 @kernel
@@ -129,19 +131,6 @@ def _reclaim(block, most):  # type: ignore[no-untyped-def]
     store64(block + LIMBO_HEAD, head)
 
 
-@entry
-def copy_words(target, source, words):  # type: ignore[no-untyped-def]
-    """Copy into zeroed memory; pages of zeros are left alone, so that they stay unpopulated."""
-    page = 512
-    for at in range(0, words, page):
-        count = min(page, words - at)
-        used = 0
-        for i in range(count):
-            used |= load64(source + 8 * (at + i))
-        if used != 0:
-            copy(target + 8 * at, source + 8 * at, 8 * count)
-
-
 class Words:
     """The arena, log and control block of one generation of a table. `size` and `reserved` count 64-bit words.
 
@@ -214,9 +203,16 @@ class Words:
         self._set(SAFE, version)
 
     def copy(self) -> Arena:
-        """A fresh arena with the same words."""
+        """A fresh arena with the same words. Pages of zeros are left alone, so that they stay unpopulated."""
         arena = _arena(self.size)
-        copy_words(arena.address, self.arena.address, self.used)
+        source, target = self.arena.words[: self.used], arena.words[: self.used]
+        for at in range(0, self.used, _CHUNK):
+            part = source[at : at + _CHUNK]
+            whole = len(part) // _PAGE_WORDS * _PAGE_WORDS
+            pages = part[:whole].reshape(-1, _PAGE_WORDS)
+            used = pages.any(axis=1)
+            target[at : at + whole].reshape(-1, _PAGE_WORDS)[used] = pages[used]
+            target[at + whole : at + len(part)] = part[whole:]
         return arena
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def _once(dispatcher: Any) -> Any:
 
     def plain(kind: Any) -> Any:
         literal = isinstance(kind, types.IntegerLiteral | types.BooleanLiteral)
-        return types.unliteral(kind) if literal else kind
+        return kind.literal_type if literal else kind
 
     def get_call_template(args: Any, kws: Any) -> Any:
         return resolve(tuple(map(plain, args)), {name: plain(kind) for name, kind in kws.items()})
