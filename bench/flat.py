@@ -137,7 +137,12 @@ def flat_chunk(fib, hops, capacity, local, hits, epoch, base, frames, descs, out
             what = load64(entry)
             frame = load64(live + 16 * i)
             at = base + frame
-            if is_marked(local, load32be(at + 26)) or hop >= capacity or what & 0xFF != ACTION_FORWARD or load16be(at + 16) > what >> 24 & 0xFFFFFF:
+            if (
+                is_marked(local, load32be(at + 26))
+                or hop >= capacity
+                or what & 0xFF != ACTION_FORWARD
+                or load16be(at + 16) > what >> 24 & 0xFFFFFF
+            ):
                 store64(out + 8, load64(out + 8) + 1)
                 continue
             store64(at, load64(entry + 8))
@@ -168,7 +173,17 @@ def flat_round(view, base, frames, stride, descs, keys, chunks, out):  # type: i
         start = clock()
         scratch = out + 1024
         flat_chunk(
-            view.fib, view.hops, view.capacity, view.local_bits, view.hits, view.epoch, base, frames, descs, out, scratch
+            view.fib,
+            view.hops,
+            view.capacity,
+            view.local_bits,
+            view.hits,
+            view.epoch,
+            base,
+            frames,
+            descs,
+            out,
+            scratch,
         )
         ticks += clock() - start
     store64(out, load64(out + 32) + load64(out + 40))

@@ -52,7 +52,9 @@ class Bed:
         """Nanoseconds a packet through the pipeline."""
         context, burst, _mailbox, *arguments = self.state.direct_arguments()
         view = arguments[0]
-        ticks = self._stages(context, burst, view, self.frames.address, FRAMES, STRIDE, self.descs.address, self.keys.ctypes.data, CHUNKS)
+        ticks = self._stages(
+            context, burst, view, self.frames.address, FRAMES, STRIDE, self.descs.address, self.keys.ctypes.data, CHUNKS
+        )
         self._all_forwarded()
         return self._ns(ticks)
 
@@ -65,7 +67,14 @@ class Bed:
         """Nanoseconds a packet through the flat kernel."""
         view = self.routes.stage_view(lambda table: table.view())
         ticks = flat.flat_round(
-            view, self.frames.address, FRAMES, STRIDE, self.descs.address, self.keys.ctypes.data, CHUNKS, self.out.address
+            view,
+            self.frames.address,
+            FRAMES,
+            STRIDE,
+            self.descs.address,
+            self.keys.ctypes.data,
+            CHUNKS,
+            self.out.address,
         )
         assert load64(self.out.address) == FRAMES * CHUNKS, "the flat kernel forwarded everything"
         return self._ns(ticks)
@@ -92,5 +101,3 @@ def cases() -> Iterator[Case]:
     yield Case(case="full table", ours=full.stages, theirs=full.flat, about=about, **common)
     one = Bed(np.array([0]), np.array([0]), keys)
     yield Case(case="one route", ours=one.stages, theirs=one.flat, about="a default route", **common)
-
-

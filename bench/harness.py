@@ -96,7 +96,12 @@ def _show(progress: TextIO | None, result: Result, number: int, count: int) -> N
         text += f", {case.unit}: ours {_round(result.ours[-1])}"
     if result.theirs:
         text += f", {case.peer} {_round(result.theirs[-1])}"
-    print(f"\r\033[K{text}" if progress.isatty() else text, end="" if progress.isatty() else "\n", file=progress, flush=True)
+    print(
+        f"\r\033[K{text}" if progress.isatty() else text,
+        end="" if progress.isatty() else "\n",
+        file=progress,
+        flush=True,
+    )
 
 
 def run(cases: Iterable[Case], rounds: int | None = None) -> Iterator[Result]:

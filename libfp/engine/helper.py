@@ -45,10 +45,9 @@ def _help(control, contexts, count):  # type: ignore[no-untyped-def]
                     call(load64(context.at + LIBC_RECV), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
                     calls += 1
             ring = load64(context.at + PUNT_RING)
-            if ring != 0:
-                if PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
-                    call(load64(context.at + LIBC_WRITE), load64(ring + 24), ring + 32, 8, 0, 0, 0)
-                    calls += 1
+            if ring != 0 and PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
+                call(load64(context.at + LIBC_WRITE), load64(ring + 24), ring + 32, 8, 0, 0, 0)
+                calls += 1
         store_release64(control + 64, calls)
         idle = 0 if calls != before else idle + 1
         if idle > _IDLE_TURNS and parked == count:

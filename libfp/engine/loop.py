@@ -53,9 +53,8 @@ def kick(context: Context, port: int) -> None:
         call(load64(context.at + LIBC_RECV), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
         context.count(SYSCALLS, 1)
     ring = load64(context.at + PUNT_RING)
-    if ring != 0:
-        if PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
-            wake_slow_path(context, ring)
+    if ring != 0 and PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
+        wake_slow_path(context, ring)
 
 
 @kernel

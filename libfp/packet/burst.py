@@ -223,7 +223,7 @@ class Burst:
         """Make entries 0..count-1, whose frame and length have been written, fresh packets."""
         at = self.at
         store64(at, count)
-        for column in range(0, (count + 31) >> 5):  # two columns' width at a time: 32 packets
+        for column in range((count + 31) >> 5):  # two columns' width at a time: 32 packets
             half = at + 128 * column
             clear128(half + KIND)
             clear128(half + VERDICT)

@@ -135,7 +135,7 @@ class PortRings:
         return room
 
     def put_those(self, burst: Burst, verdict: int) -> None:
-        """`send` for each packet of the burst whose verdict, by this port, is `verdict`; the caller has asked for `room`.
+        """`send` for each packet of the burst whose verdict, by this port, is `verdict`. The caller asked for `room`.
 
         Every packet is written to the next slot, and the slot is kept if the packet was meant: no branch to mispredict.
         """
@@ -202,7 +202,7 @@ class PortRings:
         descs, mask, size = load64(at + COMPLETION + DESCS), load64(at + COMPLETION + MASK), load64(at + UMEM_SIZE)
         for i in range(min(n, mask + 1)):
             frame = load64(descs + ((own + i) & mask) * 8)
-            if 0 <= frame and frame < size:
+            if frame >= 0 and frame < size:
                 free.push(frame)
         store64(at + COMPLETION + OWN, producer)
         store_release32(load64(at + COMPLETION + CONSUMER), producer)
@@ -270,6 +270,6 @@ class PortBlocks:
         store64(at + TX + CACHED, load64(at + TX + OWN))
         store64(at + RX + CACHED, load64(at + RX + OWN))  # look again, as for tx
         store64(at + TX + PUBLISHED, load64(at + TX + OWN))
-        values = {COUNTERS: counters, FLIGHT_LIMIT: flight_limit, FD: fd, UMEM_SIZE: umem_size, ZERO_COPY: zero_copy}
-        for where, value in values.items():
+        state = {COUNTERS: counters, FLIGHT_LIMIT: flight_limit, FD: fd, UMEM_SIZE: umem_size, ZERO_COPY: zero_copy}
+        for where, value in state.items():
             store64(at + where, int(value))

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import bswap32, kernel, load8, load16be, load32, load64, prefetch, shr64, store32, store64, ult64, unlikely
+from libfp.jit import (
+    bswap32,
+    kernel,
+    load8,
+    load16be,
+    load32,
+    load64,
+    prefetch,
+    shr64,
+    store32,
+    store64,
+    ult64,
+    unlikely,
+)
 from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, NEXT_HOP, VERDICT, Burst
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
@@ -29,9 +42,9 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     """Verify, look up, rewrite and send the IPv4 packets of the burst.
 
     Dropped: wrong header checksum (RFC 1812 5.2.2), martian addresses (5.3.7, as Linux draws the line), sources that
-    are this host's own, and what a route drops. Punted unchanged: sources that may fail the port's
-    reverse path filter (RFC 3704), anything but IPv4, multicast and broadcast, options, TTL 1 and less, larger than the MTU of the
-    next hop, no route, no neighbour yet, routes that only Linux can follow. Linux sends the ICMP errors.
+    are this host's own, and what a route drops. Punted unchanged: sources that may fail the port's reverse path filter
+    (RFC 3704), anything but IPv4, multicast and broadcast, options, TTL 1 and less, larger than the MTU of the next
+    hop, no route, no neighbour yet, routes that only Linux can follow. Linux sends the ICMP errors.
     """
     at, n, base = burst.at, burst.count, burst.base
     checks, local = routes.checks(burst.port), routes.local_bits
@@ -103,7 +116,9 @@ def is_special_source(address: int) -> bool:
 
 
 @kernel
-def check_unusual(burst: Burst, i: int, routes: RoutesView, destination: int, source: int, ttl: int, checks: int) -> None:
+def check_unusual(
+    burst: Burst, i: int, routes: RoutesView, destination: int, source: int, ttl: int, checks: int
+) -> None:
     """The verdict, if there is one, on a packet whose addresses or TTL want a closer look; in the order Linux looks.
 
     Class E (240/4) is routed, as by Linux.

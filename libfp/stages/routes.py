@@ -3,7 +3,8 @@
 Filled by `libfp.linux`, or by hand:
 
     routes = Routes()
-    hop = routes.next_hops.add(Forward(port=1, dst=bytes.fromhex("020000000002"), src=bytes.fromhex("020000000001"), mtu=1500))
+    gateway, own = bytes.fromhex("020000000002"), bytes.fromhex("020000000001")
+    hop = routes.next_hops.add(Forward(port=1, dst=gateway, src=own, mtu=1500))
     routes.fib["198.51.100.0/24"] = hop
 
 Every change reaches every worker in the order it was made: add a next hop before the routes that use it, remove it
@@ -263,7 +264,9 @@ class Routes:
         an ICMP redirect. accept_local: this host's own addresses may be sources.
         """
         if not 0 <= port < MAX_PORTS or rp_filter not in (0, 1, 2):
-            raise BadInput(f"port {port}, rp_filter {rp_filter}", f"ports are 0 to {MAX_PORTS - 1}, rp_filter 0, 1 or 2")
+            raise BadInput(
+                f"port {port}, rp_filter {rp_filter}", f"ports are 0 to {MAX_PORTS - 1}, rp_filter 0, 1 or 2"
+            )
         flags = (0, PORT_RPF_STRICT, PORT_RPF_LOOSE)[rp_filter]
         flags |= (PORT_REDIRECTS if redirects else 0) | (PORT_ACCEPT_LOCAL if accept_local else 0)
         self.next_hops.set_word(_PORT_FLAGS + port, flags)
