@@ -53,18 +53,19 @@ def settle(context: Context, burst: Burst) -> None:
     ports, record = load64(context.at + PORT_COUNT), load64(context.at + RECORD)
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
-        if record != 0 and verdict != LIVE:
-            _note(record, burst, i, verdict)
-        if verdict >> KIND_SHIFT == FORWARD:
-            frame, length, port = burst.frame(i), burst.length(i), verdict & PORT_MASK
-            if port >= ports or not context.rings(port).send(frame, length):
-                _not_sent(context, frame, port)
-        elif verdict == LIVE:
+        if verdict == LIVE:
             if kept != i:
                 burst.move(i, kept)
             kept += 1
+            continue
+        if verdict >> KIND_SHIFT == FORWARD:
+            frame, length, port = burst.frame(i), burst.length(i), verdict & PORT_MASK
+            if port >= ports or not context.rings(port).send(frame, length):
+                verdict = _not_sent(context, frame, port)
         else:
             _end(context, burst, i, verdict)
+        if record != 0:
+            _note(record, burst, i, verdict)
     burst.count = kept
 
 
@@ -102,15 +103,16 @@ def finish(context: Context, burst: Burst) -> None:
 
 
 @kernel
-def _not_sent(context: Context, frame: int, port: int) -> None:
-    """A forwarded packet whose port has no room, or does not exist."""
+def _not_sent(context: Context, frame: int, port: int) -> int:
+    """A forwarded packet whose port has no room, or does not exist: drop it, and return that verdict."""
+    verdict = _BAD_PORT
     if port < context.port_count:
         counters = load64(context.rings(port).at + COUNTERS)
         store64(counters + TX_FULL, load64(counters + TX_FULL) + 1)
-        _count(context, _TX_FULL)
-    else:
-        _count(context, _BAD_PORT)
+        verdict = _TX_FULL
+    _count(context, verdict)
     context.free.push(frame)
+    return verdict
 
 
 @kernel
