@@ -43,16 +43,17 @@ class Network:
         self.router.sysctl("net.ipv4.ip_forward", 1)
 
     def place(self) -> int | None:
-        """Give the router's worker a core, and the ends of the traffic the others; the worker's core, if there are two.
+        """Give the router's worker a core, and the ends of the traffic others; the worker's core, if there are two.
 
-        The worker spins. A sender or a receiver on its core would take turns with it, and the demo would measure the
-        scheduler.
+        A sender or a receiver on the worker's core would take turns with it, and the demo would measure the scheduler.
+        From three cores on the router runs a helper thread, on the first: that one is left alone, too.
         """
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2:
             return None
         for end in (self.client, self.server):
-            end.call(os.sched_setaffinity, 0, cores[:-1])  # of the thread that starts its processes
+            # of the thread that starts its processes
+            end.call(os.sched_setaffinity, 0, cores[1:-1] if len(cores) > 2 else cores[:1])
         return cores[-1]
 
 
@@ -126,11 +127,11 @@ class RouterProcess:
         return found
 
     def said(self) -> str:
-        """The router's error, or else the last line it wrote to standard error."""
+        """The router's error; if it has ended without one, the last line it wrote to standard error."""
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
         errors = [line.removeprefix("fp: ") for line in lines if line.startswith("fp: ")]
-        return (errors or lines or [""])[-1]
+        return (errors or (lines if self.process.poll() is not None else []) or [""])[-1]
 
     def stop(self) -> None:
         """SIGTERM, and wait: the router detaches. SIGKILL after five seconds, and the kernel detaches."""

@@ -31,7 +31,8 @@ class Report:
 
     `mpps` is what the router forwarded a second during the flood, in millions, by its own counters; `flood_offered` and
     `flood_received` are what the sender and the receiver at the far end counted meanwhile. `capacity_pps` is what the
-    whole path, sender and receiver included, carried when it was measured first; the paced stream runs at half of that.
+    whole path, sender and receiver included, carried without loss when it was first measured; the paced stream runs at
+    half of that.
     """
 
     ports: str  # "veth" or "memory"

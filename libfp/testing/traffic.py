@@ -94,7 +94,10 @@ class _Reporter:
         command = [sys.executable, "-m", "libfp.testing.udp", *(str(a) for a in arguments)]
         self.command = " ".join(command[1:])
         self.latest: dict[str, Any] = {}
-        self.process = host.popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        # Their own session: Ctrl-C in a terminal reaches the one that started them, which then ends them in order.
+        self.process = host.popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._thread = threading.Thread(target=self._read, name="udp-reports", daemon=True)
         self._thread.start()
 
@@ -178,8 +181,9 @@ class UdpStream:
         self._limit = seconds
         self._receiver = _Reporter(receiver, "receive", address, port, "--size", size)
         try:
-            wait_until(lambda: self._receiver.get("ready") or self._receiver.process.poll() is not None, 10, "receiver")
-            if not self._receiver.get("ready"):
+            # Any line will do: a report may have followed the one that says "ready" before we look.
+            wait_until(lambda: self._receiver.latest or self._receiver.process.poll() is not None, 20, "the receiver")
+            if not self._receiver.latest:
                 raise ChildProcessError(f"cannot receive at {address}:{port}")
             options = ["--rate", rate, "--size", size, "--seconds", seconds, "--count", count, "--ttl", ttl]
             self._sender = _Reporter(sender, "send", address, port, *options)

@@ -81,12 +81,11 @@ class Batch:
 
 
 class Stop:
-    """True once SIGTERM has come. SIGINT is left to the process that owns the terminal's foreground job."""
+    """True once SIGTERM has come."""
 
     def __init__(self) -> None:
         self.now = False
         signal.signal(signal.SIGTERM, self._set)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _set(self, *_: Any) -> None:
         self.now = True

@@ -78,7 +78,8 @@ def test_demo_prints_one_json_object_with_what_was_measured(nothing_left):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_interrupted_removes_everything(nothing_left, number):
-    with subprocess.Popen([*COMMAND, "--seconds", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as demo:
+    command = [*COMMAND, "--seconds", "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as demo:
         os.set_blocking(demo.stdout.fileno(), False)
         said = b""
 
@@ -91,7 +92,7 @@ def test_a_demo_that_is_interrupted_removes_everything(nothing_left, number):
         assert demo.poll() is None, (said, demo.stderr.read())
         inodes = {namespace_of(pid) for pid in marked_by(demo.pid)}
         assert inodes - {namespace_of(os.getpid())}
-        demo.send_signal(number)
+        os.killpg(demo.pid, number)  # as a terminal does
         _, err = demo.communicate(timeout=30)
         assert demo.returncode == 130
         assert b"Traceback" not in err, err.decode()
