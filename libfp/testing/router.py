@@ -1,0 +1,208 @@
+"""`fp router` between namespaces: the process, the network around it, and what it could have left behind.
+
+with Lab() as lab:
+    net = Crossroads(lab)
+    with RouterProcess(net.router, "r0", "r1", "r2") as router:
+        assert net.client.ping(net.SERVER).received == 3
+        assert router.counters().forwarded
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from libfp.engine.stats import Counters, StatsReader, attach
+from libfp.pyxdp.device import look
+from libfp.pyxdp.ethtool import Ethtool
+from libfp.testing.netns import Host, Lab
+from libfp.testing.wait import wait_until
+
+START_LIMIT = 60.0  # seconds; the first start after a change of libfp compiles
+
+
+class Crossroads:
+    """A router with three neighbours, each on a wire and in a network of its own; nothing runs on it yet.
+
+        client 10.0.1.2 (c0) -- r0 10.0.1.1 router r1 10.0.2.1 -- (s0) 10.0.2.2 server
+                                                   r2 10.0.3.1 -- (o0) 10.0.3.2 other
+
+    The neighbours' default routes lead to the router, which forwards. They take what comes to UDP port 9 (discard) and
+    do not answer.
+    """
+
+    CLIENT, SERVER, OTHER = "10.0.1.2", "10.0.2.2", "10.0.3.2"
+    PORTS = ("r0", "r1", "r2")
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.router = lab, lab.host("router")
+        self._sinks: list[socket.socket] = []
+        for scope in ("all", "default"):  # not what this machine happens to have
+            self.router.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
+        self.router.sysctl("net.ipv4.icmp_ratemask", 0)
+        self.client, self.server, self.other = (
+            self._neighbour(number, name) for number, name in enumerate(("client", "server", "other"))
+        )
+        self.router.sysctl("net.ipv4.ip_forward", 1)
+
+    def _neighbour(self, number: int, name: str) -> Host:
+        host, end, port = self.lab.host(name), f"{name[0]}0", f"r{number}"
+        host.sysctl("net.ipv4.icmp_ratemask", 0)
+        self.lab.link(host, end, self.router, port)
+        self.router.address(port, f"10.0.{number + 1}.1/24")
+        host.address(end, f"10.0.{number + 1}.2/24")
+        host.route("default", via=f"10.0.{number + 1}.1")
+        sink = host.socket()
+        sink.bind(("", 9))
+        self._sinks.append(sink)
+        return host
+
+
+def _prefer(pid: int) -> None:
+    """Let a process, and threads it will start, run before other work: tests share their few cores with much else.
+
+    Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, -15)
+        with open(f"/proc/{pid}/autogroup", "w") as group:
+            group.write("-15")
+
+
+class RouterProcess:
+    """``fp router ARGUMENTS --json`` inside a host; ready when the constructor returns, unless `wait` is false.
+
+    `ready` and `end` are what it printed then. Raises ChildProcessError, with its own words, when it ends before it is
+    ready. The end of the block is a SIGTERM, and SIGKILL after five seconds.
+    """
+
+    def __init__(
+        self, host: Host, *arguments: str, wait: bool = True, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 -- closed by `close`
+        self._events: dict[str, dict[str, Any]] = {}
+        self._reader: StatsReader | None = None
+        self.process = host.popen(
+            [sys.executable, "-m", "libfp", "-v", "router", *arguments, "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # Ctrl-C in a terminal is for the test, which then ends this in order
+        )
+        _prefer(self.process.pid)
+        self._thread = threading.Thread(target=self._listen, name="fp-router-events", daemon=True)
+        self._thread.start()
+        if wait:
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.close()
+                raise
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):  # a killed process may leave half a line
+                event = json.loads(line)
+                self._events[event.pop("event")] = event
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        """Name, ports, cores, kick, zero_copy, routes; empty before."""
+        return self._events.get("ready", {})
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """The final counters; empty before, and when it was killed."""
+        return self._events.get("end", {})
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.ready or self.process.poll() is not None, START_LIMIT, "fp router to be ready")
+        if not self.ready:
+            raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
+
+    def said(self) -> str:
+        """Everything on its standard error so far."""
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def wait_said(self, text: str, timeout: float = START_LIMIT) -> None:
+        """Until `text` is in what it said. Raises TimeoutError, or ChildProcessError when it ends without."""
+
+        def look() -> bool:
+            over = self.process.poll() is not None
+            if text in self.said():
+                return True
+            if over:
+                raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
+            return False
+
+        wait_until(look, timeout, f"fp router to say {text!r}")
+
+    def counters(self) -> Counters:
+        """Its counters now, read from outside as `fp stats` does."""
+        if self._reader is None:
+            self._reader = attach(self.ready["name"])
+        return self._reader.counters()
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 5.0) -> int:
+        """Send the signal and wait for the end; returns the exit status. Raises subprocess.TimeoutExpired."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 5.0) -> int:
+        """Wait for the end; returns the exit status."""
+        status: int = self.process.wait(timeout)
+        self._thread.join(timeout)
+        return status
+
+    def close(self) -> None:
+        """End it, if it has not ended, and let go of everything. May be called again."""
+        if self.process.poll() is None:
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                self.stop(signal.SIGKILL)
+        self._thread.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        self._errors.close()
+
+    def __enter__(self) -> RouterProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is not None and not self._errors.closed:
+            value.add_note(f"fp router said:\n{self.said().strip()}")
+        self.close()
+
+
+def footprint(host: Host) -> dict[str, Any]:
+    """What a fast path changes on a host while it runs: interfaces, XDP programs on them, and their features.
+
+    Equal before and after means that nothing was left behind.
+    """
+
+    def features(name: str) -> dict[str, bool]:
+        with Ethtool(name) as ethtool:
+            return {feature: value.on for feature, value in ethtool.features().items()}
+
+    return {name: (host.call(look, name).programs, host.call(features, name)) for name in host.interfaces()}
