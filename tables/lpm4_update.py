@@ -121,6 +121,7 @@ def _remove(block, address, length):  # type: ignore[no-untyped-def]
     node = rib.find(block, address, length)
     if node == 0 or rib.value_of(block, node) == 0:
         return MISSING
+    freed = rib.cell_of(block, node)
     rib.clear(block, node)
     if length == 0:
         put(block, DEFAULT, 0)
@@ -133,7 +134,7 @@ def _remove(block, address, length):  # type: ignore[no-untyped-def]
             if rib.value_of(block, above):
                 cell, value = rib.cell_of(block, above), rib.value_of(block, above)
         done = _cover(block, node, length, address >> (32 - SLOT_BITS), cell, value, False)
-        free(block, rib.cell_of(block, node), 1)
+        free(block, freed, 1)
         rib.prune(block, address, length)
     else:
         rib.prune(block, address, length)

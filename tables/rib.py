@@ -102,7 +102,7 @@ def _make(block):  # type: ignore[no-untyped-def]
 
 @kernel
 def clear(block, node):  # type: ignore[no-untyped-def]
-    """Let no route end at `node` any more."""
+    """Let no route end at `node` any more: it has neither value nor cell."""
     store64(load64(block + NODES) + node * NODE + _VALUE, 0)
     store64(block + ROUTES, load64(block + ROUTES) - 1)
 

@@ -143,6 +143,15 @@ def test_apply_keeps_what_fitted():
         table.apply([1], [32, 31], [1])
 
 
+def test_a_deep_block_more_where_the_runs_stay_the_same(table):
+    """10.0.5.0/24 and 10.0.9.0/24 are runs of their own; which of them are deep changes by itself."""
+    table.update({"10.0.5.0/24": 1, "10.0.9.0/24": 2, "10.0.5.128/25": 3})
+    table["10.0.9.128/25"] = 4
+    assert [table.lookup(ip(one)) for one in ("10.0.5.1", "10.0.5.129", "10.0.9.1", "10.0.9.129")] == [1, 3, 2, 4]
+    del table["10.0.5.128/25"]
+    assert [table.lookup(ip(one)) for one in ("10.0.5.1", "10.0.5.129", "10.0.9.1", "10.0.9.129")] == [1, 1, 2, 4]
+
+
 def test_worst_case_of_memory_fits():
     """Routes that share nothing, each with a slot, a deep block and a chain of nodes of its own."""
     count = 40 if INTERPRETED else 4000
@@ -156,6 +165,25 @@ def test_worst_case_of_memory_fits():
             spread[k] = (one + 0x01010101 * (turn + 1)) & 0xFFFFFFFF
             table.set(spread[k], 32, k + 1)
     assert all(table.lookup(one) == k + 1 for k, one in enumerate(spread))
+
+
+def test_what_goes_gives_its_memory_back(table):
+    routes = [f"10.{k % 3}.{k % 5}.0/{length}" for k in range(15) for length in (24, 27, 30)]
+    routes += ["10.0.0.0/13", "10.1.0.0/16", "10.0.0.0/18", "10.2.0.0/17"]
+    routes = sorted(set(routes))
+    used = []
+    for _ in range(8):
+        rng = np.random.default_rng(1)  # the same each time, so that the blocks of one turn serve the next
+        for k in rng.permutation(len(routes)):
+            table[routes[k]] = int(k) + 1
+        used.append(table.replica_bytes)
+        for k in rng.permutation(len(routes)):
+            table[routes[k]] = int(k) + 2
+        for k in rng.permutation(len(routes)):
+            del table[routes[k]]
+    assert len(table) == 0
+    assert not table._words.arena.words[: 8 + (2 << 18)].any()  # as if nothing had been
+    assert used[-1] == used[3]
 
 
 def test_fragmented_memory_is_made_anew():

@@ -54,6 +54,15 @@ def test_transactions_arrive_whole_and_in_order_of_commit(tables, replicas):
     assert seen == sorted(seen)
 
 
+def test_a_budget_is_kept_but_for_one_long_transaction(tables, replicas):
+    _, hops = tables
+    for k in range(10):
+        hops[k] = k
+    first = drain(replicas.mailbox, 0)
+    assert first > 0
+    assert [drain(replicas.mailbox, 2 * first + 1) for _ in range(5)] == [2 * first] * 4 + [first]
+
+
 def test_a_view_is_the_same_each_time(tables, replicas):
     assert replicas.view(tables[0]) is replicas.view(tables[0])
     assert Replicas([tables[0], tables[0]]).tables == [tables[0]]
@@ -85,9 +94,10 @@ def test_a_commit_retries_by_itself(tables, replicas):
     while replicas.flush():
         hops[len(hops)] = 7
     drain(replicas.mailbox, 512)
-    hops[5] = 8  # no flush
+    hops[5] = 8  # no flush; were it delivered by itself, the replica would lack what was dropped before
     drain(replicas.mailbox, 512)
     assert replicas.view(hops).lookup(5) == 8
+    assert all(replicas.view(hops).lookup(k) == 7 for k in hops if k != 5)
 
 
 def test_old_copies_are_freed_once_acknowledged(tables, replicas):
