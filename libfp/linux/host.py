@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -12,7 +13,7 @@ from libfp.errors import BadInput, PolicyConflict
 from libfp.linux import guard
 from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
-from libfp.linux.neighbours import HitMarks, interval
+from libfp.linux.neighbours import SHORTEST, HitMarks, interval
 from libfp.linux.ports import HostPort, PortPolicy, policy
 from libfp.linux.punt import PuntPath
 from libfp.linux.state import Changes, State
@@ -71,6 +72,7 @@ class Linux:
         self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
+        self._marked = 0.0
         self._local: dict[rt.Prefix, int] = {}  # of the local table, with their types
 
     def __enter__(self) -> Self:
@@ -115,7 +117,7 @@ class Linux:
         undo.callback(self._watch.close)
         self.mirror = Mirror(self.routes, self._indexes, self._changed, self._progress)
         undo.callback(self.mirror.close)
-        self.mirror.every(interval(self.names), self._mark)
+        self.mirror.every(SHORTEST, self._mark)
         self.mirror.every(LOOK_AGAIN, self._look_again)
         for netlink in self._watch.sockets:
             self.mirror.watch(netlink, self._look_again)
@@ -155,6 +157,18 @@ class Linux:
         """Stop following Linux and remove the TAPs. Stop the application first. May be called again."""
         self._resources.close()
 
+    # -- `forward(linux)` is `forward(linux.routes)`
+
+    stage_reasons = Routes.stage_reasons
+
+    def stage_tables(self) -> Iterable[Any]:
+        """See `libfp.engine.decorator.Bindable`."""
+        return self.routes.stage_tables()
+
+    def stage_view(self, replica: Callable[[Any], Any]) -> Any:
+        """See `libfp.engine.decorator.Bindable`."""
+        return self.routes.stage_view(replica)
+
     # -- for the application that runs on the ports
 
     def started(self, rings: Sequence[PuntRing | None]) -> None:
@@ -170,7 +184,9 @@ class Linux:
     # -- in the mirror's thread
 
     def _mark(self) -> None:
-        self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
+        if time.monotonic() >= self._marked + interval(self.names) - SHORTEST / 2:
+            self._marked = time.monotonic()
+            self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
     def _changed(self, state: State, changes: Changes) -> None:
         if changes.prefixes:

@@ -223,8 +223,10 @@ class Mirror:
 
     def _act(self) -> None:
         changes = Changes()
-        self._replay(self.state, changes)
-        self._update(self.state, changes)
+        try:
+            self._replay(self.state, changes)
+        finally:  # what came before a message that cannot be has changed the state, and counts
+            self._update(self.state, changes)
 
     def _replay(self, state: State, changes: Changes) -> None:
         while self._pending:

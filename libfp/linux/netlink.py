@@ -170,7 +170,7 @@ class Netlink:
                 if error.errno == errno.ENOBUFS:
                     raise Overrun("netlink notifications were lost: receive buffer full") from error
                 raise
-            if sender[0] != 0:  # not the kernel: any process may send here
+            if not _from_kernel(sender):
                 continue
             if flags & socket.MSG_TRUNC:
                 raise Malformed(f"netlink datagram larger than {len(self._buffer)} bytes")
@@ -244,6 +244,11 @@ class Netlink:
                 if attempt == attempts - 1:
                     raise
         return []
+
+
+def _from_kernel(sender: tuple[int, int]) -> bool:
+    """Any process may send to a netlink socket; the kernel's port id is 0."""
+    return sender[0] == 0
 
 
 def _raise(message: Message) -> None:

@@ -78,16 +78,18 @@ class Tap:
             self._config = undo.enter_context(bpf.Map(bpf.ARRAY, 4, 16, 1, "libfp_punt"))
             code = emit.link(emit.compile_bpf(_PROGRAM.format(index=index)), [self._config.fd])
             program = undo.enter_context(bpf.Program(code, "libfp_punt", bpf.ATTACH_TCX_INGRESS))
-            with Netlink() as netlink:
-                try:
-                    if not tcx:
-                        raise OSError(errno.EINVAL, "as before Linux 6.6")
-                    undo.enter_context(bpf.Link(program, self.index))
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                        raise
-                    _classify(netlink, self.index, program.fd)
-                _up(netlink, self.index, mtu)
+            # Kept for as long as the TAP: an index means this interface in this socket's namespace only, and whoever
+            # calls later may be in another one.
+            self._netlink = undo.enter_context(Netlink())
+            try:
+                if not tcx:
+                    raise OSError(errno.EINVAL, "as before Linux 6.6")
+                undo.enter_context(bpf.Link(program, self.index))
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                _classify(self._netlink, self.index, program.fd)
+            _up(self._netlink, self.index, mtu)
             self._resources = undo.pop_all()
 
     def mark(self, marker: bytes) -> None:
@@ -96,8 +98,7 @@ class Tap:
 
     def set_mtu(self, mtu: int) -> None:
         """Follow the real interface's MTU (bytes)."""
-        with Netlink() as netlink:
-            _up(netlink, self.index, mtu)
+        _up(self._netlink, self.index, mtu)
         self.mtu = mtu
 
     def write(self, frame: bytes) -> None:
