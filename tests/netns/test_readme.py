@@ -98,4 +98,6 @@ def test_af_xdp_alone(lab):
 
     wait_until(received, 10, "frames", interval=0.05)
     macs = (router.mac("eth0") + client.mac("c0")).replace(":", "")
-    assert set(printed.decode().rpartition("\n")[0].splitlines()) == {f"142 {macs}0800"}, "the other port's datagrams went to Linux"
+    assert set(printed.decode().rpartition("\n")[0].splitlines()) == {f"142 {macs}0800"}, (
+        "the other port's datagrams went to Linux"
+    )
