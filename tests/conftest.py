@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A function's first example may compile it, which takes seconds; the time limit is that of the test.
+settings.register_profile("libfp", deadline=None)
+settings.load_profile("libfp")
 
 
 def pytest_configure(config: pytest.Config) -> None:
