@@ -36,11 +36,15 @@ class Wire:
         return self.rx, self.tx, self.fill, self.completion
 
     def inject(self, packets: Iterable[bytes]) -> list[int]:
-        """Receive `packets` as far as the fill ring has frames; return the frame offsets they went to, in order."""
+        """Receive `packets` as far as the fill ring has frames and the receive ring room.
+
+        Returns the frame offsets they went to, in order.
+        """
         used = []
         for packet in packets:
-            consumer = load32(self.fill.consumer)
-            if consumer == load_acquire32(self.fill.producer):
+            consumer, producer = load32(self.fill.consumer), load32(self.rx.producer)
+            full = u32(producer - load_acquire32(self.rx.consumer)) >= self.ring_size
+            if full or consumer == load_acquire32(self.fill.producer):
                 break
             if len(packet) > self.frames.frame_size:
                 raise ValueError(f"a packet of {len(packet)} bytes, frames have {self.frames.frame_size}")
@@ -49,7 +53,6 @@ class Wire:
             if self.frames.guard == "end":
                 frame += self.frames.frame_size - len(packet)
             view(self.frames.address + frame, len(packet))[:] = packet
-            producer = load32(self.rx.producer)
             desc = self.rx.descs + (producer & (self.ring_size - 1)) * 16
             store64(desc, frame)
             store64(desc + 8, len(packet))

@@ -208,9 +208,10 @@ class PortRings:
         store_release32(load64(at + COMPLETION + CONSUMER), producer)
 
     def refill(self, free: FreeFrames, least: int) -> None:
-        """Top up `fill` from the free frames, once at least `least` are missing; with no frame free, packets wait."""
+        """Top up `fill` with free frames, once `least` or half of them are missing; with none free, packets wait."""
         at = self.at
         own, mask = load64(at + FILL + OWN), load64(at + FILL + MASK)
+        least = min(least, (mask + 1) >> 1)
         room = mask + 1 - u32(own - load64(at + FILL + CACHED))
         if room < least:
             consumer = load_acquire32(load64(at + FILL + CONSUMER))
