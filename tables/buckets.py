@@ -47,8 +47,8 @@ def hash_at(seed, key, words):  # type: ignore[no-untyped-def]
 
 @kernel
 def tag_of(hashed):  # type: ignore[no-untyped-def]
-    """The tag, 1 to 255."""
-    return max(hashed & 0xFF, 1)
+    """The tag, 2 to 255: see `matching`."""
+    return max(hashed & 0xFF, 2)
 
 
 @kernel
@@ -65,7 +65,11 @@ def second_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
 
 @kernel
 def matching(tags, tag):  # type: ignore[no-untyped-def]
-    """Bit 7 of each byte of `tags` that may equal `tag`; the lowest does."""
+    """Bit 7 of each byte of `tags` that may equal `tag`; the lowest does.
+
+    Above one that does, the borrow also reports a byte that is ``tag ^ 1``. No tag is 1, so that is never an empty
+    slot, which may hold a key that was removed.
+    """
     different = tags ^ (tag * _ONES)
     return (different - _ONES) & ~different & _HIGHS
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 
 import numpy as np
 import pytest
 
 from libfp.errors import BadInput, TableFull
-from libfp.jit import INTERPRETED, kernel
+from libfp.jit import INTERPRETED, ctz64, kernel
+from libfp.jit.primitive import signed64
 from libfp.tables import Hash
+from libfp.tables.buckets import matching, tag_of
 from libfp.tables.keys import codec
 from libfp.testing.tables import check_table
 
@@ -191,6 +194,35 @@ def test_it_is_a_mapping():
     assert repr(table) == "<Hash of mac to u16: 1 entries, at most 4>"
     table.clear()
     assert dict(table) == {}
+
+
+def test_tags_never_report_an_empty_slot():
+    """It may still hold the very key that is looked for."""
+    tags = {tag_of(hashed) for hashed in range(256)}
+    for tag in tags:
+        for above in (0, tag ^ 1, tag, 255):
+            for first in range(6):
+                stored = tag << 8 * first | above << 8 * (first + 1) | 0xFF << 56
+                found = matching(signed64(stored), tag)
+                assert ctz64(found) >> 3 == first
+                reported = [slot for slot in range(8) if found >> 8 * slot & 0xFF]
+                assert all(stored >> 8 * slot & 0xFF for slot in reported)
+                assert (first + 1 in reported) or above != tag
+                assert 7 not in reported
+
+
+def test_a_removed_key_is_gone_whatever_its_tag():
+    for _ in range(3 if INTERPRETED else 40):  # each with another hash function
+        table, model = Hash("u32", capacity=40), set()
+        rng = random.Random(len(model))
+        for _ in range(200 if INTERPRETED else 3000):
+            key = rng.randrange(40)
+            if key in model:
+                del table[key]
+            else:
+                table[key] = 1
+            model ^= {key}
+            assert len(table) == len(model)
 
 
 def _find(table):
