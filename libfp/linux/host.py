@@ -19,6 +19,7 @@ from libfp.linux.punt import PuntPath
 from libfp.linux.state import Changes, State
 from libfp.pyxdp import LocalAddresses, Steer
 from libfp.pyxdp.device import ETHERNET, XDP_HEADROOM, Device, check, check_frame, check_free
+from libfp.pyxdp.filters import parse_prefix
 from libfp.stages.routes import Routes
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Linux:
         if len(set(names)) < len(names):
             raise BadInput(f"an interface named twice in {', '.join(names)}", "name each interface once")
         self.names, self.bypass = names, bypass
-        self._mode, self._binding, self._only = mode, binding, tuple(only)
+        self._mode, self._binding = mode, binding
+        self._only = tuple(str(parse_prefix(prefix)) for prefix in only)
         self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
@@ -115,7 +117,7 @@ class Linux:
         undo.callback(self._marks.close)
         self._watch = guard.Watch()
         undo.callback(self._watch.close)
-        self.mirror = Mirror(self.routes, self._indexes, self._changed, self._progress)
+        self.mirror = Mirror(self.routes, self._indexes, self._changed, self._pause, self._progress)
         undo.callback(self.mirror.close)
         self.mirror.every(SHORTEST, self._mark)
         self.mirror.every(LOOK_AGAIN, self._look_again)
@@ -156,18 +158,6 @@ class Linux:
     def close(self) -> None:
         """Stop following Linux and remove the TAPs. Stop the application first. May be called again."""
         self._resources.close()
-
-    # -- `forward(linux)` is `forward(linux.routes)`
-
-    stage_reasons = Routes.stage_reasons
-
-    def stage_tables(self) -> Iterable[Any]:
-        """See `libfp.engine.decorator.Bindable`."""
-        return self.routes.stage_tables()
-
-    def stage_view(self, replica: Callable[[Any], Any]) -> Any:
-        """See `libfp.engine.decorator.Bindable`."""
-        return self.routes.stage_view(replica)
 
     # -- for the application that runs on the ports
 
@@ -256,7 +246,12 @@ class Linux:
                         "Linux does not forward what arrives on %s (sysctl net.ipv4.ip_forward): it gets all of it",
                         device.name,
                     )
-            self.ports[number].pause(not now.forwarding or self.mirror.suspended)
+        self._pause()
+
+    def _pause(self) -> None:
+        """Give Linux the ports on which it does not forward, or all when only Linux can forward."""
+        for port, now in zip(self.ports, self.policies, strict=True):
+            port.pause(not now.forwarding or self.mirror.suspended)
 
     def _announce(self) -> None:
         """Say at start what goes to Linux that might have been expected to go past it."""
@@ -265,7 +260,7 @@ class Linux:
             for conflict in guard.conflicts(self._guarded):
                 log.warning("bypassed: %s", conflict)
         others: dict[str, int] = {}
-        for routes in state.rib.routes.values():
+        for routes in list(state.rib.routes.values()):  # a copy: the mirror goes on meanwhile
             for link in {hop.link for hop in routes[0].hops if routes[0].type == rt.UNICAST}:
                 if link not in self._indexes and link in state.links:
                     name = state.links[link].name

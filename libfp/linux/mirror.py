@@ -59,8 +59,8 @@ class Mirror:
     """Mirrors the calling thread's network namespace into `routes`, from `start` to `close`.
 
     `ports` maps link indexes to port numbers. `listener` is called in the mirror's thread after each batch of changes
-    with the new state. `progress` is told of the first synchronisation, there too: ("routes", done, total), where the
-    total is 0 while it is not known.
+    with the new state, `on_suspend` when `suspended` has changed. `progress` is told of the first synchronisation,
+    there too: ("routes", done, total), where the total is 0 while it is not known.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Mirror:
         routes: Routes,
         ports: Mapping[int, int],
         listener: Listener | None = None,
+        on_suspend: Callable[[], None] | None = None,
         progress: Progress | None = None,
         buffer: int = BUFFER,
     ) -> None:
@@ -76,6 +77,7 @@ class Mirror:
         self.error: BaseException | None = None
         self.resyncs = 0  # dumps taken in
         self._listener = listener
+        self._on_suspend = on_suspend
         self._progress = progress
         self._buffer = buffer
         self._watched: dict[Netlink, Callable[[], None]] = {}
@@ -156,12 +158,16 @@ class Mirror:
         self._suspended[reason] = why
         if not self.fib.publisher.suspended:
             self.fib.publisher.suspend(True)
+            if self._on_suspend is not None:
+                self._on_suspend()
 
     def resume(self, reason: str) -> None:
         """The reason has gone; when it was the last, forwarding goes on. In the mirror's thread only."""
         if self._suspended.pop(reason, None) is not None and not self._suspended:
             log.warning("forwarding again")
             self.fib.publisher.suspend(False)
+            if self._on_suspend is not None:
+                self._on_suspend()
 
     def _run(self) -> None:
         due = [(time.monotonic() + seconds, seconds, function) for seconds, function in self._every]

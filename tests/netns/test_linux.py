@@ -1,0 +1,278 @@
+"""`Linux` whole: ports, tables, punts and guard around a running pipeline, and nothing left behind without one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from libfp import Linux, Pipeline
+from libfp.errors import (
+    AlreadyRunning,
+    BadInput,
+    FrameTooSmall,
+    InterfaceDown,
+    NoSuchInterface,
+    PolicyConflict,
+    UnsuitableInterface,
+)
+from libfp.linux import PortPolicy
+from libfp.linux import rtnetlink as rt
+from libfp.linux.decide import Via
+from libfp.linux.neighbours import HitMarks
+from libfp.stages import Forward, Punt, forward, parse
+from libfp.testing.netns import Lab, wait_until
+
+LINKS = ["lo", "r0", "r1"]
+
+
+class Net:
+    """client (10.0.1.2) - r0 router r1 - server (10.0.2.2)."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.client, self.router, self.server = lab.host("client"), lab.host("router"), lab.host("server")
+        lab.link(self.client, "c0", self.router, "r0")
+        lab.link(self.router, "r1", self.server, "s0")
+        for host, name, address in (
+            (self.client, "c0", "10.0.1.2/24"),
+            (self.router, "r0", "10.0.1.1/24"),
+            (self.router, "r1", "10.0.2.1/24"),
+            (self.server, "s0", "10.0.2.2/24"),
+        ):
+            host.address(name, address)
+        self.client.route("default", via="10.0.1.1")
+        self.server.route("default", via="10.0.2.1")
+        self.router.sysctl("net.ipv4.ip_forward", 1)
+        self.router.sysctl("net.ipv4.conf.all.send_redirects", 0)
+
+    @contextlib.contextmanager
+    def linux(self, *names: str, **options: Any) -> Iterator[Linux]:
+        with self.router.enter(), Linux(*(names or ("r0", "r1")), **options) as linux:
+            yield linux
+
+    @contextlib.contextmanager
+    def running(self, **options: Any) -> Iterator[tuple[Linux, Any]]:
+        with self.linux(**options) as linux, Pipeline(parse, forward(linux)).start(linux.ports, idle="park") as app:
+            yield linux, app
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with Lab() as lab:
+        net = Net(lab)
+        yield net
+        assert net.router.interfaces() == LINKS, "something was left behind"
+
+
+@pytest.mark.parametrize("mode", ["native", "skb"])
+def test_first_packet_of_a_flow_is_not_lost(net: Net, mode: str) -> None:
+    with net.running(mode=mode) as (_, app):
+        assert net.client.ping("10.0.2.2", count=10, interval=0.01).received == 10
+        assert app.counters.punts["no-neighbour"] >= 1
+        assert app.counters.forwarded >= 18
+
+
+def test_used_neighbour_never_fails(net: Net) -> None:
+    """With timers of a second or so, neighbours that only we use are confirmed again and again, and never lost."""
+    for name in ("r0", "r1"):
+        net.router.sysctl(f"net.ipv4.neigh.{name}.base_reachable_time_ms", 600)
+        net.router.sysctl(f"net.ipv4.neigh.{name}.delay_first_probe_time", 1)
+        net.router.sysctl(f"net.ipv4.neigh.{name}.gc_stale_time", 2)
+    with net.running() as (_, app):
+        assert net.client.ping("10.0.2.2", count=3, interval=0.01).received == 3
+        punts = app.counters.punts["no-neighbour"]
+        last, renewed = dict.fromkeys(("10.0.1.2", "10.0.2.2"), 0), {"10.0.1.2": 0, "10.0.2.2": 0}
+
+        def confirmed() -> bool:
+            assert net.client.ping("10.0.2.2", count=1).received == 1
+            for neighbour in net.router.netlink("get_neighbours", family=socket.AF_INET):
+                address, state = neighbour.get_attr("NDA_DST"), neighbour["state"]
+                assert not state & (rt.NUD_FAILED | rt.NUD_INCOMPLETE), address
+                renewed[address] += state == rt.NUD_REACHABLE != last[address]
+                last[address] = state
+            return min(renewed.values()) >= 4
+
+        wait_until(confirmed, timeout=50, interval=0.05, what="both neighbours to be confirmed four times")
+        assert app.counters.punts["no-neighbour"] == punts
+
+
+def test_use_makes_linux_confirm(net: Net) -> None:
+    """An idle STALE neighbour stays STALE; told that it is used, Linux asks it, and it is REACHABLE."""
+    net.router.sysctl("net.ipv4.neigh.r1.delay_first_probe_time", 1)
+    net.router.neighbour("r1", "10.0.2.2", net.server.mac("s0"), state="stale")
+    with net.linux() as linux:
+        via = Via(net.router.index("r1"), bytes([10, 0, 2, 2]))
+
+        def state() -> int:
+            linux.wait_synced()
+            return linux.mirror.state.neighbours[via[:2]].state
+
+        assert state() == rt.NUD_STALE
+        marks = HitMarks()
+        try:
+            marks.mark([via, Via(via.link, bytes([10, 0, 2, 99]))], linux.mirror.state)
+            assert marks.sent == 1
+            wait_until(lambda: state() == rt.NUD_REACHABLE, timeout=20, what="an answer")
+            marks.mark([via], linux.mirror.state)
+            assert marks.sent == 1, "a neighbour that Linux knows to be there needs none"
+        finally:
+            marks.close()
+
+
+def test_neighbour_that_is_gone_is_found_again(net: Net) -> None:
+    with net.running() as (linux, _):
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        net.router.neighbour("r1", "10.0.2.2", None)
+        linux.wait_synced()
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+
+
+def test_forwarding_switched_off(net: Net) -> None:
+    with net.running() as (linux, app):
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        net.router.sysctl("net.ipv4.conf.r0.forwarding", 0)
+        linux.wait_synced()
+        assert [port.paused for port in linux.ports] == [True, False]
+        before = app.counters.received
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01, timeout=0.3).received == 0
+        assert app.counters.received == before, "Linux had them"
+        net.router.sysctl("net.ipv4.conf.r0.forwarding", 1)
+        linux.wait_synced()
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        assert app.counters.received > before
+
+
+def test_policy_that_appears_has_the_last_word(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    with net.running() as (linux, app):
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        net.router.netlink("rule", "add", src="10.0.1.2", action="FR_ACT_BLACKHOLE", priority=5)
+        linux.wait_synced()
+        assert all(port.paused for port in linux.ports)
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01, timeout=0.3).received == 0
+        assert "policy rule 5: from 10.0.1.2/32" in caplog.text
+        net.router.netlink("rule", "del", src="10.0.1.2", action="FR_ACT_BLACKHOLE", priority=5)
+        linux.wait_synced()
+        before = app.counters.forwarded
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        assert app.counters.forwarded > before
+
+
+def test_bypass(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    net.router.netlink("rule", "add", src="10.77.0.0/16", table=7, priority=100)
+    with pytest.raises(PolicyConflict, match=r"policy rule 100: from 10\.77\.0\.0/16 lookup 7"), net.linux():
+        pass
+    with net.linux(bypass=True) as linux:
+        assert "bypassed: policy rule 100: from 10.77.0.0/16 lookup 7" in caplog.text
+        net.router.netlink("rule", "add", src="10.78.0.0/16", table=7, priority=101)
+        linux.wait_synced()
+        assert not linux.mirror.suspended
+
+
+def test_settings_of_ports(net: Net) -> None:
+    net.router.sysctl("net.ipv4.conf.r0.rp_filter", 1)
+    net.router.sysctl("net.ipv4.conf.r1.send_redirects", 0)
+    with net.linux() as linux:
+        assert linux.policies == [PortPolicy(rp_filter=1, redirects=True), PortPolicy(redirects=False)]
+        net.router.sysctl("net.ipv4.conf.all.rp_filter", 2)
+        linux.wait_synced()
+        assert [one.rp_filter for one in linux.policies] == [2, 2]
+
+
+def test_own_addresses_stay_with_linux(net: Net) -> None:
+    with net.linux() as linux:
+        assert linux.local.covers("10.0.1.1")
+        assert linux.local.covers("10.0.1.255")
+        assert linux.local.covers("127.1.2.3")
+        assert not linux.local.covers("10.0.1.2")
+        net.router.address("r0", "10.55.0.1/24")
+        linux.wait_synced()
+        assert linux.local.covers("10.55.0.1")
+        net.router.address("r0", "10.55.0.1/24", command="del")
+        linux.wait_synced()
+        assert not linux.local.covers("10.55.0.1")
+
+
+def test_port_s_mac_and_mtu_change(net: Net) -> None:
+    with net.running() as (linux, app):
+        net.router.netlink("link", "set", index=net.router.index("r0"), address="02:00:00:00:77:77")
+        net.router.set_mtu("r0", 1400)
+        linux.wait_synced()
+        assert linux.punt.taps[0].mtu == 1400
+        before = app.counters.forwarded
+        assert net.client.ping("10.0.2.2", count=5, interval=0.01).received == 5
+        assert app.counters.forwarded > before
+
+
+def test_routes_out_of_other_devices_are_named(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "libfp.linux")
+    net.router.route("10.88.0.0/16", via="10.0.2.2")
+    with net.linux("r0") as linux:
+        assert "2 routes out of r1, which is not a port: via Linux" in caplog.text
+        assert linux.routes.next_hops[linux.routes.fib["10.88.0.0/16"]] == Punt("via-linux")
+
+
+def test_tables_are_the_real_ones(net: Net) -> None:
+    net.router.neighbour("r1", "10.0.2.9", "02:00:00:00:00:09")
+    net.router.route("10.9.0.0/16", via="10.0.2.9")
+    with net.linux() as linux:
+        index = linux.routes.fib.lookup((10 << 24) + (9 << 16) + 1)
+        source = bytes.fromhex(net.router.mac("r1").replace(":", ""))
+        assert linux.routes.next_hops[index] == Forward(1, bytes.fromhex("020000000009"), source, 1500)
+        net.router.unroute("10.9.0.0/16")
+        linux.wait_synced()
+        assert linux.routes.fib.lookup((10 << 24) + (9 << 16) + 1) == 0
+
+
+def test_port_that_is_removed(net: Net) -> None:
+    with net.linux() as linux:
+        net.router.netlink("link", "del", index=net.router.index("r1"))
+        linux.wait_synced()
+        assert linux.routes.fib.lookup((10 << 24) + (2 << 8) + 2) == 0
+    assert net.router.interfaces() == ["lo", "r0"]
+    net.router.netlink("link", "add", ifname="r1", kind="bridge")  # for the fixture's last look
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "words"),
+    [
+        ((), {}, BadInput, "no interface named"),
+        (("r0", "r0"), {}, BadInput, "named twice"),
+        (("r0", "nope"), {}, NoSuchInterface, "nope"),
+        (("lo",), {}, UnsuitableInterface, "loopback"),
+        (("r0", "r1"), {"only": ["10.0.0.0/33"]}, BadInput, "10.0.0.0/33"),
+    ],
+)
+def test_errors(net: Net, names: tuple[str, ...], options: dict[str, Any], error: type, words: str) -> None:
+    with net.router.enter(), pytest.raises(error, match=words), Linux(*names, **options):
+        pass
+
+
+def test_interface_down(net: Net) -> None:
+    net.router.down("r1")
+    with pytest.raises(InterfaceDown, match="r1 is down"), net.linux():
+        pass
+
+
+def test_frames(net: Net) -> None:
+    with net.linux() as linux:
+        assert linux.frame_size == 2048
+    net.router.set_mtu("r1", 3000)
+    with net.linux() as linux:
+        assert linux.frame_size == 4096
+    with pytest.raises(FrameTooSmall, match="r1 has an MTU of 3000"), net.linux(frame_size=2048):
+        pass
+
+
+def test_second_instance(net: Net) -> None:
+    with net.running(), pytest.raises(AlreadyRunning, match="r0"), net.linux():
+        pass
+
+
+def test_progress(net: Net) -> None:
+    told: list[tuple[str, int, int]] = []
+    with net.linux(progress=lambda *what: told.append(what)):
+        assert {what for what, _, _ in told} == {"links", "addresses", "settings", "neighbours", "routes"}
