@@ -1,0 +1,250 @@
+"""Proof: a worker's loop takes no lock and, with a helper to make its system calls, calls nothing at all.
+
+Read from the machine code, compiled afresh. Faults put in on purpose must each be found, or the proof proves nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+
+from libfp import Pipeline, stage
+from libfp.jit import INTERPRETED, call, fetch_add64, native, word
+from libfp.jit.libc import address_of
+from libfp.jit.primitive import I64, declare, primitive
+from libfp.stages import Routes, forward, parse
+from libfp.tables import Hash
+from libfp.testing.machine_code import Report, check, check_loop
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(INTERPRETED, reason="about compiled code"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the checker reads x86-64"),
+]
+
+
+@stage
+def deny(packet, blocked):  # type: ignore[no-untyped-def]
+    if packet.is_ipv4 and packet.ipv4.src in blocked:
+        packet.drop("denied")
+
+
+@pytest.fixture(scope="module")
+def router() -> Pipeline:
+    """The walking skeleton: parse, a hash table, a forwarding table."""
+    return Pipeline(parse, deny(Hash(key="ipv4", capacity=64)), forward(Routes(routes=1000, next_hops=16)))
+
+
+def short(names: tuple[str, ...]) -> str:
+    return " ".join(names)
+
+
+def test_no_lock_and_no_call_with_a_helper(router: Pipeline) -> None:
+    report = check_loop(router, kick="helper", idle="spin")
+    assert report.findings == ()
+    assert report.indirect == 0, report.where
+    assert report.calls <= {"memcpy"}, "the copy into the punt ring"
+    for part in ("loop", "lookup_burst", "find_word"):
+        assert part in short(report.functions), "or it was not read, and nothing is proven"
+
+
+def test_no_lock_and_counted_calls_when_it_kicks_and_parks(router: Pipeline) -> None:
+    """sendto, recv, write and poll, by address, and nothing else: `kick` and `park` count each in `syscalls`."""
+    report = check_loop(router, kick="inline", idle="park")
+    assert report.findings == ()
+    assert 3 <= report.indirect <= 4
+    assert all("4loop" in name for name in report.where), "libfp.engine.loop, or the loop it was inlined into"
+    assert report.calls <= {"memcpy"}
+
+
+@native
+class Word:
+    at: word
+
+
+def _exchange(context: Any, builder: Any, address: Any, value: Any) -> Any:
+    return builder.atomic_rmw("xchg", builder.inttoptr(address, I64.as_pointer()), value, "seq_cst")
+
+
+def _store_seq_cst(context: Any, builder: Any, address: Any, value: Any) -> None:
+    builder.store_atomic(value, builder.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
+
+
+def _fence(context: Any, builder: Any, address: Any, value: Any) -> None:
+    builder.fence("seq_cst")
+
+
+def _malloc(context: Any, builder: Any, address: Any, value: Any) -> Any:
+    return builder.call(declare(builder, "malloc", I64, I64), [value])
+
+
+@primitive(_exchange)
+def exchange(address: int, value: int) -> int:
+    raise NotImplementedError
+
+
+@primitive(_store_seq_cst, void=True)
+def store_seq_cst(address: int, value: int) -> None:
+    raise NotImplementedError
+
+
+@primitive(_fence, void=True)
+def fence(address: int, value: int) -> None:
+    raise NotImplementedError
+
+
+@primitive(_malloc)
+def malloc(address: int, value: int) -> int:
+    raise NotImplementedError
+
+
+def seeded(fault: str) -> Report:
+    """The report on a pipeline whose one stage has a fault where it handles a packet of one length."""
+
+    @stage
+    def locked(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            fetch_add64(word.at, 1)
+
+    @stage
+    def exchanged(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            packet.mark = exchange(word.at, 1)
+
+    @stage
+    def ordered(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            store_seq_cst(word.at, 1)
+
+    @stage
+    def fenced(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            fence(word.at, 1)
+
+    @stage
+    def allocated(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            packet.mark = malloc(word.at, packet.length)
+
+    @stage
+    def allocated_by_address(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            packet.mark = call(word.at, packet.length, 0, 0, 0, 0, 0)
+
+    @stage
+    def sound(packet, word):  # type: ignore[no-untyped-def]
+        if packet.length == 61:
+            packet.mark = word.at
+
+    stages = {one.__name__: one for one in (locked, exchanged, ordered, fenced, allocated, allocated_by_address, sound)}
+    return check_loop(Pipeline(stages[fault](Word(address_of("malloc")))))
+
+
+FAULTS = {
+    "locked": "lock",
+    "exchanged": "xchg",
+    "ordered": "xchg",
+    "fenced": "",  # mfence, or an addition to the stack with a lock prefix: as LLVM likes it for this processor
+    "allocated": "calls malloc",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_found(fault: str) -> None:
+    report = seeded(fault)
+    assert report.findings
+    assert any(FAULTS[fault] in one for one in report.findings), report.findings
+
+
+def test_a_seeded_call_by_address_is_counted() -> None:
+    assert seeded("allocated_by_address").indirect == 1
+
+
+def test_without_a_fault_nothing_is_found() -> None:
+    report = seeded("sound")
+    assert (report.findings, report.indirect) == ((), 0)
+
+
+def test_memory_of_pythons_is_refused_by_the_compiler() -> None:
+    import numpy as np
+
+    @stage
+    def allocates(packet):  # type: ignore[no-untyped-def]
+        packet.mark = np.empty(packet.length, np.int64)[0]
+
+    with pytest.raises(Exception, match="No implementation of function Function.<built-in function empty>"):
+        check_loop(Pipeline(allocates))
+
+
+# The reader, on assembly by hand.
+
+HEAD = "\t.text\n\t.type\tf,@function\n"
+
+
+def read(body: str, *others: str) -> Report:
+    text = HEAD + "f:\n" + body
+    for name in others:
+        text += f"\t.type\t{name},@function\n{name}:\n\tretq\n"
+    return check(text, "f")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["lock\t\taddq\t$1, (%rdi)", "lock", "xchgq\t%rax, (%rdi)", "xchgl\t%eax, 8(%rsp)", "mfence", "syscall",
+     "int\t$0x80", "lock\t\torl\t$0, -64(%rsp)", "lock\t\tcmpxchgq\t%rsi, (%rdi)"],
+)  # fmt: skip
+def test_forbidden_instructions(line: str) -> None:
+    assert len(read(f"\t{line}\n\tretq\n").findings) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["xchgq\t%rax, %rbx", "pause", "movq\t%rax, lock(%rip)", "lfence # lock", "intx", "#lock"]
+)
+def test_harmless_instructions(line: str) -> None:
+    assert read(f"\t{line}\n\tretq\n").findings == ()
+
+
+CALLS = {
+    "by name": ("\tcallq\tg\n", ["g"], 0),
+    "through a register": ("\tmovabsq\t$g, %rax\n\tcallq\t*%rax\n", ["g"], 0),
+    "through a copy": ("\tmovabsq\t$g, %rax\n\tmovq\t%rax, %rbx\n\tcallq\t*%rbx\n", ["g"], 0),
+    "through a stack slot": (
+        "\tmovabsq\t$g, %rax\n\tmovq\t%rax, 24(%rsp)\n\tpushq\t%rbx\n\tcallq\t*32(%rsp)\n",
+        ["g"],
+        0,
+    ),
+    "by address in memory": ("\tmovq\t8(%rdi), %rax\n\tcallq\t*%rax\n", [], 1),
+    "straight from memory": ("\tcallq\t*104(%r14)\n", [], 1),
+    "after the register was changed": ("\tmovabsq\t$g, %rax\n\tmovl\t$1, %eax\n\tcallq\t*%rax\n", [], 1),
+    "after another call": ("\tmovabsq\t$g, %rax\n\tcallq\t*%rax\n\tcallq\t*%rax\n", ["g"], 1),
+    "kept over another call": ("\tmovabsq\t$g, %rbx\n\tcallq\t*%rbx\n\tcallq\t*%rbx\n", ["g"], 0),
+    "one name on both paths": ("\tmovabsq\t$g, %rbx\n\tje\t.L1\n\tnop\n.L1:\n\tcallq\t*%rbx\n", ["g"], 0),
+    "two names": ("\tmovabsq\t$g, %rbx\n\tje\t.L1\n\tmovabsq\t$h, %rbx\n.L1:\n\tcallq\t*%rbx\n", [], 1),
+    "changed later in the loop": (
+        "\tmovabsq\t$g, %rbx\n.L1:\n\tcallq\t*%rbx\n\tmovq\t(%rdi), %rbx\n\tjmp\t.L1\n",
+        [],
+        1,
+    ),
+    "as a jump": ("\tmovabsq\t$g, %rax\n\tjmpq\t*%rax # TAILCALL\n", ["g"], 0),
+    "as a jump by address": ("\tjmpq\t*8(%rdi)\n", [], 1),
+    "a jump table": ("\tjmpq\t*.LJTI0_0(,%rax,8)\n.L1:\n\tcallq\tg\n\tretq\n", ["g"], 0),
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_calls(how: str) -> None:
+    body, reached, indirect = CALLS[how]
+    report = read(body + "\tretq\n", "g", "h")
+    assert (list(report.functions[1:]), report.indirect, report.findings) == (reached, indirect, ())
+
+
+def test_callees_are_read_too() -> None:
+    text = HEAD + 'f:\n\tcallq\t"<g>"\n\tretq\n\t.type\t"<g>",@function\n"<g>":\n\tlock\n\tretq\n'
+    assert check(text, "f").findings == ("<g>: lock",)
+
+
+def test_unknown_names_are_findings() -> None:
+    assert read("\tcallq\tmalloc@PLT\n\tcallq\tmemcpy\n\tretq\n").findings == ("f: calls malloc",)
+    assert check(HEAD, "f").findings == ("f: its code is not there to be read",)
