@@ -133,10 +133,15 @@ def _settings(ports: Mapping[int, str]) -> Iterator[str]:
 
 
 class Watch:
-    """Hears of changes to nftables and XFRM policies, so that somebody looks again. `sockets` are to be polled."""
+    """Hears of changes to nftables and XFRM policies, so that somebody looks again. `sockets` are to be polled.
 
-    def __init__(self) -> None:
+    `quiet` for those who would not look: there are none then.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.sockets: list[Netlink] = []
+        if quiet:
+            return
         for protocol, group in ((NETLINK_NETFILTER, netfilter.GROUP_NFTABLES), (NETLINK_XFRM, GROUP_XFRM_POLICY)):
             with contextlib.suppress(OSError):  # a kernel without it
                 self.sockets.append(Netlink(protocol, groups=(group,)))

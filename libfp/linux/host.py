@@ -115,14 +115,14 @@ class Linux:
         undo.callback(self.punt.close)
         self._marks = HitMarks()
         undo.callback(self._marks.close)
-        self._watch = guard.Watch()
+        self._watch = guard.Watch(quiet=self.bypass)
         undo.callback(self._watch.close)
         self.mirror = Mirror(self.routes, self._indexes, self._changed, self._pause, self._progress)
         undo.callback(self.mirror.close)
         self.mirror.every(SHORTEST, self._mark)
         self.mirror.every(LOOK_AGAIN, self._look_again)
         for netlink in self._watch.sockets:
-            self.mirror.watch(netlink, self._look_again)
+            self.mirror.watch(netlink, self._heard)
         self.mirror.start()
         self.mirror.wait_synced()
         self._announce()
@@ -188,8 +188,11 @@ class Linux:
         if changes.netconf or changes.links or changes.policy:
             self._follow_settings(state)
 
-    def _look_again(self) -> None:
+    def _heard(self) -> None:
         self._watch.drain()
+        self._look_for_conflicts()
+
+    def _look_again(self) -> None:
         if not self.bypass:
             self._look_for_conflicts()
         self._follow_settings(self.mirror.state)

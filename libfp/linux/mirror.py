@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import struct
 import threading
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping
 from libfp.errors import Error, TableFull
 from libfp.linux import rtnetlink as rt
 from libfp.linux.fib import Fib
-from libfp.linux.netlink import Interrupted, Malformed, Message, Netlink, Overrun
+from libfp.linux.netlink import Interrupted, Malformed, Message, Netlink, Overrun, readable
 from libfp.linux.state import Changes, State
 from libfp.stages.routes import Routes
 
@@ -198,9 +197,9 @@ class Mirror:
 
     def _turn(self, timeout: float) -> None:
         """Wait for something, take in what is there, and let those who wait for that go on."""
-        sources: list[Netlink | int] = [self._notifications, self._wake, *self._watched]
-        readable, _, _ = select.select(sources, [], [], timeout)
-        if self._wake in readable:
+        watched = [netlink.fileno() for netlink in self._watched]
+        found = readable([self._notifications.fileno(), self._wake, *watched], timeout)
+        if self._wake in found:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
         with self._lock:
@@ -214,7 +213,7 @@ class Mirror:
         if waiting and self._resync_at == 0.0:
             self._synchronise()
         for netlink, function in self._watched.items():
-            if netlink in readable or (waiting and netlink.ready()):
+            if netlink.fileno() in found or (waiting and netlink.ready()):
                 function()
         for event in waiting:
             event.set()

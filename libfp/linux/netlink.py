@@ -117,6 +117,14 @@ def request(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     return _HEADER.pack(_HEADER.size + len(body), kind, flags | NLM_F_REQUEST, sequence, 0) + body
 
 
+def readable(fds: Iterable[int], timeout: float) -> set[int]:
+    """Wait up to `timeout` seconds for something to read and return where. Like select(2), but for any descriptor."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(1000 * timeout)}
+
+
 class Netlink:
     """A netlink socket of the calling thread's network namespace.
 
@@ -178,7 +186,7 @@ class Netlink:
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True when a datagram (or an overrun) is waiting; waits up to `timeout` seconds."""
-        return bool(select.select([self.socket], [], [], timeout)[0])
+        return bool(readable([self.socket.fileno()], timeout))
 
     def send(self, kind: int, flags: int, body: bytes) -> int:
         """Send one request and return its sequence number."""
