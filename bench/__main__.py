@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
 
 import click
@@ -27,12 +29,13 @@ def main(names: tuple[str, ...], rounds: int | None, only: str | None) -> None:
     for name in names or BENCHES:
         if name not in BENCHES:
             raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
-        cases = importlib.import_module(f"bench.{name}").cases()
-        for _ in run((case for case in cases if only is None or only in case.case), rounds):
-            pass
+        with contextlib.closing(importlib.import_module(f"bench.{name}").cases()) as cases:  # what they use goes, too
+            for _ in run((case for case in cases if only is None or only in case.case), rounds):
+                pass
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a bench has set up is removed then, too
     try:
         main.main(standalone_mode=False)
     except (Error, click.ClickException) as error:
