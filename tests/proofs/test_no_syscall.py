@@ -1,0 +1,104 @@
+"""A worker makes no system call: one that would be killed for the first carries traffic, and a tracer counts none.
+
+Each proof has its contrast: a stage that does make a call dies of it, and the same tracer counts a worker's own calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from libfp.demo.network import SERVER, Network
+from libfp.testing.netns import wait_until
+from libfp.testing.syscalls import count_syscalls
+from libfp.testing.traffic import UdpStream
+
+pytestmark = pytest.mark.timeout(150)  # a router that nobody has compiled yet takes its time to start
+
+wait_for = functools.partial(wait_until, timeout=20.0)
+
+FULL_RATE = 0  # as fast as the sender can
+STRICT = "1"  # of Seccomp: in /proc/PID/task/TID/status
+SEALED = str(Path(__file__).with_name("sealed_router.py"))
+
+
+@contextlib.contextmanager
+def flood(network: Network) -> Iterator[UdpStream]:
+    """As much as the sender can, for as long as the block lasts; nobody waits for what is still on its way."""
+    stream = UdpStream(network.client, network.server, SERVER, rate=FULL_RATE)
+    try:
+        yield stream
+    finally:
+        stream.kill()
+
+
+def test_a_sealed_worker_carries_traffic_for_ten_seconds_at_full_rate(
+    network: Network, start: Callable[..., Any], core: int
+) -> None:
+    router = start(SEALED, f"sealed-{os.getpid()}", str(core))
+    assert router.thread_status("Seccomp") == STRICT
+    before = router.counters
+    with UdpStream(network.client, network.server, SERVER, rate=FULL_RATE, seconds=10.0) as stream:
+        result = stream.wait(30.0)
+    after = router.counters
+    assert result.seconds > 9.9
+    # It is alive, sealed, and it is the worker, not Linux, that all of it went through.
+    beat = router.worker["heartbeat"]
+    wait_for(lambda: router.worker["heartbeat"] > beat, what="the worker's loop to turn")
+    assert router.thread_status("Seccomp") == STRICT
+    assert router.worker["syscalls"] == 0
+    forwarded = after.forwarded - before.forwarded
+    assert forwarded >= result.received > 100_000
+    assert "stood still" not in router.said
+
+
+def test_a_sealed_worker_dies_of_its_first_system_call(network: Network, start: Callable[..., Any], core: int) -> None:
+    router = start(SEALED, f"sealed-fault-{os.getpid()}", str(core))
+    assert router.thread_status("Seccomp") == STRICT
+    with flood(network) as stream:
+        forwarded = router.counters.forwarded
+        wait_for(lambda: router.counters.forwarded > forwarded + 1000, what="the worker to forward")
+        router.tell("fault")
+        wait_for(lambda: router.thread_status("Seccomp") == "", what="the worker to be killed")
+        beat = router.worker["heartbeat"]
+        received = stream.received
+        wait_for(lambda: stream.received > received, what="Linux to forward what the worker no longer does")
+    assert router.worker["heartbeat"] == beat
+    assert router.process.poll() is None  # the thread died, not the process
+
+
+def test_a_tracer_counts_no_system_call_with_a_helper(network: Network, fp_router: Callable[..., Any]) -> None:
+    router = fp_router("--kick", "helper", "--idle", "spin")
+    with flood(network) as stream:
+        wait_for(lambda: stream.received > 1000, what="traffic")
+        counted = count_syscalls(router.worker["thread"], 2.0, lambda: router.counters)
+    assert counted.calls == {}
+    assert counted.after.forwarded - counted.before.forwarded > 1000
+    assert counted.after.workers[0]["syscalls"] == 0
+
+
+def test_the_same_tracer_counts_the_calls_of_a_worker_that_kicks(
+    network: Network, fp_router: Callable[..., Any]
+) -> None:
+    router = fp_router("--kick", "inline")
+    with flood(network) as stream:
+        wait_for(lambda: stream.received > 1000, what="traffic")
+        counted = count_syscalls(router.worker["thread"], 2.0, lambda: router.worker)
+    own = counted.after["syscalls"] - counted.before["syscalls"]
+    assert counted.total > 100
+    assert abs(counted.total - own) <= 1  # one may be under way at either end
+
+
+def test_parking_is_a_call_and_is_counted(network: Network, fp_router: Callable[..., Any]) -> None:
+    router = fp_router("--kick", "inline", "--idle", "park")
+    wait_for(lambda: router.worker["parks"] > 0, what="a worker without traffic to park")
+    counted = count_syscalls(router.worker["thread"], 0.5, lambda: router.worker)
+    own = counted.after["syscalls"] - counted.before["syscalls"]
+    assert own >= counted.after["parks"] - counted.before["parks"] > 5
+    assert abs(counted.total - own) <= 2  # and a poll that the tracer interrupts is begun again
