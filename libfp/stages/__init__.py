@@ -1,7 +1,7 @@
 """The shared stages: `parse` first, then yours, then `forward` with the `Routes` it reads."""
 
-from libfp.stages.forward import forward
-from libfp.stages.parse import parse
+from libfp.stages.forwarding import forward
+from libfp.stages.parsing import parse
 from libfp.stages.routes import Drop, Forward, NextHops, Punt, Routes
 
 __all__ = ["Drop", "Forward", "NextHops", "Punt", "Routes", "forward", "parse"]

@@ -96,7 +96,7 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         checked = (word >> 16) + 1  # RFC 1141: the TTL is the first byte of its 16-bit word
         store64(data, load64(entry + 8))
         store32(data + 8, last)
-        store32(data + _IP + 8, (word & 0xFFFF) - 1 | (checked + (checked >> 16)) << 16)
+        store32(data + _IP + 8, (word & 0xFFFF) - 1 | (checked + (checked + 1 >> 16)) << 16)  # never -0: RFC 1624
         if unlikely(load32(hits + 4 * hop) != epoch):
             store32(hits + 4 * hop, epoch)
         store32(at + VERDICT + 4 * i, (FORWARD << KIND_SHIFT) + port)
