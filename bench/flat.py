@@ -148,7 +148,7 @@ def flat_chunk(fib, hops, capacity, local, hits, epoch, base, frames, descs, out
             store64(at, load64(entry + 8))
             store32(at + 8, load64(entry + 16))
             checked = load16(at + 24) + 1
-            store16(at + 24, checked + (checked >> 16))
+            store16(at + 24, checked + (checked + 1 >> 16))
             store8(at + 22, load8(at + 22) - 1)
             if load32(hits + 4 * hop) != epoch:
                 store32(hits + 4 * hop, epoch)
