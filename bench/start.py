@@ -6,7 +6,6 @@ first packet that the fast path has forwarded, by its own counters: until then, 
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import tempfile

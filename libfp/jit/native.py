@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 else:
     constant = type("constant", (int,), {"__doc__": "Marks a compile-time constant."})
 
+_COMPILE = {"boundscheck": BOUNDSCHECK, "no_cfunc_wrapper": True}  # no C caller ever calls a method
 _OPERATORS = {"__contains__": operator.contains, "__getitem__": operator.getitem, "__len__": len}
 
 
@@ -220,8 +221,7 @@ class _Compiled:
         function = _bare(annotated)
         scope = {"function": function}
         exec(f"def resolve{_parameters(function)}: return function", scope)
-        strict = {"boundscheck": BOUNDSCHECK}
-        overload_method(self.kind, name, jit_options=strict)(scope["resolve"])
+        overload_method(self.kind, name, jit_options=_COMPILE)(scope["resolve"])
         if name in _OPERATORS:
             kind, arguments = self.kind, ", ".join(inspect.signature(function).parameters)
             scope = {"kind": kind, "isinstance": isinstance}
@@ -229,11 +229,11 @@ class _Compiled:
             source += f"    if isinstance(self, kind):\n        return lambda {arguments}: self.{name}("
             source += f"{arguments.partition(', ')[2]})"
             exec(source, scope)
-            overload(_OPERATORS[name], jit_options=strict)(scope["resolve"])
+            overload(_OPERATORS[name], jit_options=_COMPILE)(scope["resolve"])
 
     def _property(self, name: str, value: property) -> None:
         getter: Any = _bare(value.fget)
-        overload_attribute(self.kind, name)(lambda self: getter)
+        overload_attribute(self.kind, name, jit_options=_COMPILE)(lambda self: getter)
         if value.fset is None:
             return
         setter: Any = _bare(value.fset)

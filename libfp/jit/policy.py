@@ -16,8 +16,15 @@ INTERPRETED = bool(numba.config.DISABLE_JIT)
 BOUNDSCHECK = os.environ.get("LIBFP_BOUNDSCHECK", "") not in ("", "0") and not INTERPRETED
 
 # nogil: workers run beside Python. error_model: no ZeroDivisionError path in a loop. _nrt=False: reference counting
-# and allocation do not exist in hot code, so using either is a compile error instead of a slow packet.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": BOUNDSCHECK, "_nrt": False}
+# and allocation do not exist in hot code, so using either is a compile error instead of a slow packet. The wrapper for
+# C callers is something nobody here calls.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "boundscheck": BOUNDSCHECK,
+    "_nrt": False,
+    "no_cfunc_wrapper": True,
+}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -28,15 +35,18 @@ def kernel(function: Callable[..., Any]) -> Any:
     """
     if INTERPRETED:
         return function
-    return _once(numba.njit(**_OPTIONS)(function))
+    return _lean(numba.njit(**_OPTIONS)(function), numba.njit(no_cpython_wrapper=True, **_OPTIONS)(function))
 
 
-def _once(dispatcher: Any) -> Any:
-    """Keep numba from compiling a function again for each literal it is called with: half of all compile time.
+def _lean(dispatcher: Any, inner: Any) -> Any:
+    """Have compiled callers of `dispatcher` use `inner`, and spare numba what they need not: most of compile time.
 
-    LLVM sees the constants anyway, where the function is inlined.
+    That is the wrapper for callers in Python, and a version of the function for each literal it is called with; LLVM
+    sees the constants anyway, where the function is inlined.
     """
-    resolve = dispatcher.get_call_template
+    resolve = inner.get_call_template
+    dispatcher.get_overload = inner.get_overload
+    dispatcher._compiling_counter = inner._compiling_counter  # numba asks it whether a call is a recursion
 
     def plain(kind: Any) -> Any:
         literal = isinstance(kind, types.IntegerLiteral | types.BooleanLiteral)
