@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from libfp.errors import MissingCapability, Unsupported
 if TYPE_CHECKING:
     from libfp.demo.report import Report
     from libfp.demo.screen import Screen
+
+PATIENCE = 10.0  # seconds that ending the router and removing the namespaces may take
 
 
 @click.command()
@@ -64,17 +67,21 @@ class Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP unwind the stack once; while what was made is removed, more of them are ignored."""
+    """SIGINT, SIGTERM and SIGHUP unwind the stack. More of them within `PATIENCE` seconds do not disturb the removal of
+    what was made; after that one may ask again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    asked = float("-inf")
 
     def end(number: int, frame: object) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Ended(signal.Signals(number).name)
+        nonlocal asked
+        if time.monotonic() - asked >= PATIENCE:
+            asked = time.monotonic()
+            raise Ended(signal.Signals(number).name)
 
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
