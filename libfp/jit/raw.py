@@ -22,15 +22,19 @@ from libfp.jit.primitive import I8, I16, I32, I64, MASK64, declare, primitive, s
 
 def _outside(address: int, size: int) -> None:
     """The compiled bounds check: stop the process on the spot, as a guard page would."""
-    table = _REGIONS
-    for i in range(_peek(table)):
-        if _peek(table + 8 + 16 * i) <= address and address + size <= _peek(table + 16 + 16 * i):
-            return
+    while True:
+        current = _peek(_REGIONS)
+        table = _REGIONS + 8 + (current & 1) * _HALF
+        for i in range(_peek(table)):
+            if _peek(table + 8 + 16 * i) <= address and address + size <= _peek(table + 16 + 16 * i):
+                return
+        if _peek(_REGIONS) == current:  # nobody has registered memory meanwhile
+            break
     _trap(address, size)
 
 
 def _emit_peek(context: Any, builder: Any, address: Any) -> Any:
-    return builder.load(builder.inttoptr(address, I64.as_pointer()))
+    return builder.load_atomic(builder.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
 
 def _emit_trap(context: Any, builder: Any, address: Any, size: Any) -> None:
@@ -48,7 +52,7 @@ def _trap(address: int, size: int) -> None:
 
 
 CLEARED = 128  # bytes that `clear128` zeroes
-_REGIONS = memory.regions.ctypes.data
+_REGIONS, _HALF = memory.regions.ctypes.data, 8 * memory.REGION_HALF
 
 
 def _pointer(context: Any, builder: Any, address: Any, kind: Any) -> Any:
@@ -59,7 +63,10 @@ def _pointer(context: Any, builder: Any, address: Any, kind: Any) -> Any:
 
 def guard(context: Any, builder: Any, address: Any, size: Any) -> None:
     """Emit the bounds check of `size` bytes at `address`."""
-    context.compile_internal(builder, _outside, types.void(types.int64, types.int64), [address, size])
+    found = context.compile_subroutine(builder, _outside, types.void(types.int64, types.int64))
+    callee = context.declare_function(builder.module, found.fndesc)
+    both = [types.int64, types.int64]  # called, not inlined: there are thousands of these, and compiling takes minutes
+    context.call_conv.call_function(builder, callee, types.void, both, [address, size], attrs=("noinline",))
 
 
 def _loader(kind: Any, swap: bool = False) -> Any:

@@ -174,7 +174,7 @@ def test_memory_of_pythons_is_refused_by_the_compiler() -> None:
     def allocates(packet):  # type: ignore[no-untyped-def]
         packet.mark = np.empty(packet.length, np.int64)[0]
 
-    with pytest.raises(Exception, match="No implementation of function Function.<built-in function empty>"):
+    with pytest.raises(Exception, match=r"No implementation of function Function.<built-in function empty>"):
         check_loop(Pipeline(allocates))
 
 

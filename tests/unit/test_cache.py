@@ -19,7 +19,10 @@ from libfp import NotCacheable, Pipeline, stage
 from libfp.engine.digest import Digest
 from libfp.jit import INTERPRETED, constant, kernel, native, word
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about compiled code")
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(INTERPRETED, reason="about compiled code"),
+]  # compiling takes long on a busy machine
 
 RUN = """
 import json, sys

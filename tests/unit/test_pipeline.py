@@ -18,6 +18,8 @@ from libfp.jit import BOUNDSCHECK, INTERPRETED
 from libfp.stages import parse
 from libfp.testing import ethernet, icmp_echo, ipv4, tcp, udp
 
+pytestmark = pytest.mark.timeout(180)  # compiling takes long on a busy machine
+
 
 def told(outcome: Outcome) -> tuple[int, int, int]:
     """What the stage `tell` wrote: place in the burst, packets in the burst, mark and 1000."""

@@ -23,7 +23,10 @@ from libfp.jit import INTERPRETED, store_release64
 from libfp.ports.memory import MemoryPort
 from libfp.testing import udp, wait_until
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about compiled loops")
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(INTERPRETED, reason="about compiled loops"),
+]  # compiling takes long on a busy machine
 
 CORES = sorted(os.sched_getaffinity(0))
 NAME = f"test-worker-{os.getpid()}"
