@@ -210,11 +210,16 @@ class Burst:
     def is_live(self, i: int) -> bool:
         return load32(self.at + VERDICT + 4 * i) == 0
 
+    def settle(self, i: int, verdict: int) -> None:
+        """Give packet `i` a verdict word unless it has one."""
+        Packet(self.at, i).settle(verdict)
+
+    # not by way of the packet: each method that is given a reason is compiled once for each reason
     def drop(self, i: int, reason: str) -> None:
-        Packet(self.at, i).drop(reason)
+        self.settle(i, (DROP << KIND_SHIFT) + reason_code(reason))
 
     def punt(self, i: int, reason: str) -> None:
-        Packet(self.at, i).punt(reason)
+        self.settle(i, (PUNT << KIND_SHIFT) + reason_code(reason))
 
     def forward(self, i: int, port: int) -> None:
         Packet(self.at, i).forward(port)

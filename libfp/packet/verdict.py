@@ -8,8 +8,10 @@ cached, and two pipelines in one process never disagree.
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba.core import types
-from numba.extending import overload
+from numba.core.typing.templates import signature
+from numba.extending import lower_builtin, type_callable
 
 from libfp.jit import INTERPRETED
 
@@ -31,10 +33,12 @@ def reason_code(reason: str) -> int:
 
 
 if not INTERPRETED:
+    _Literal = types.StringLiteral  # type: ignore[attr-defined]
 
-    @overload(reason_code, prefer_literal=True)
-    def _reason_code(reason):  # type: ignore[no-untyped-def]  # numba compares the annotations of both
-        if not isinstance(reason, types.StringLiteral):  # type: ignore[attr-defined]
-            return None
-        code = reason_code(reason.literal_value)
-        return lambda reason: code
+    @type_callable(reason_code)
+    def _of_literal(context):  # type: ignore[no-untyped-def]
+        return lambda reason: signature(types.int64, reason) if isinstance(reason, _Literal) else None
+
+    @lower_builtin(reason_code, _Literal)
+    def _constant(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(ir.IntType(64), reason_code(sig.args[0].literal_value))
