@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import bisect
 import os
+import threading
 import weakref
+from collections.abc import Callable
 
 import cffi
 import numpy as np
+
+from libfp.jit.policy import BOUNDSCHECK
 
 _ffi = cffi.FFI()
 _ffi.cdef(
@@ -28,44 +32,72 @@ _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
 _MADV_HUGEPAGE = 14
 _MAP_FAILED = (1 << 64) - 1
 
-# Known regions, sorted by start, for the interpreter; the same in an array for the boundscheck build, whose compiled
-# checks read it: word 0 is the count, then (start, end) pairs.
+# Known regions, sorted by start: starts and ends, replaced together so that another thread never sees half a change.
+_known: tuple[list[int], list[int]] = ([], [])
+_lock = threading.RLock()  # an arena that is collected meanwhile comes back here
+
+# The same for the boundscheck build, whose compiled checks read it while threads register more: word 0 counts changes,
+# and its lowest bit says which half is current: a count, then (start, end) pairs.
 REGION_LIMIT = 16384
-_starts: list[int] = []
-_ends: list[int] = []
-regions = np.zeros(1 + 2 * REGION_LIMIT, np.int64)
+REGION_HALF = 1 + 2 * REGION_LIMIT
+regions = np.zeros(1 + 2 * REGION_HALF, np.int64)
 
 
 def register(address: int, size: int) -> None:
     """Declare `size` bytes at `address` as memory that loads and stores may touch."""
-    at = bisect.bisect_right(_starts, address)
-    _starts.insert(at, address)
-    _ends.insert(at, address + size)
-    _publish()
+
+    def add(starts: list[int], ends: list[int]) -> None:
+        at = bisect.bisect_right(starts, address)
+        starts.insert(at, address)
+        ends.insert(at, address + size)
+
+    _change(add)
 
 
 def unregister(address: int) -> None:
     """Take back a `register` of the region that starts at `address`."""
-    at = bisect.bisect_right(_starts, address) - 1
-    if at < 0 or _starts[at] != address:
-        raise ValueError(f"no region starts at {address:#x}")
-    del _starts[at], _ends[at]
-    _publish()
+
+    def remove(starts: list[int], ends: list[int]) -> None:
+        at = bisect.bisect_right(starts, address) - 1
+        if at < 0 or starts[at] != address:
+            raise ValueError(f"no region starts at {address:#x}")
+        del starts[at], ends[at]
+
+    _change(remove)
+
+
+def _change(edit: Callable[[list[int], list[int]], None]) -> None:
+    global _known
+    with _lock:
+        while True:
+            before = _known
+            after = list(before[0]), list(before[1])
+            edit(*after)
+            if _known is before:
+                _known = after
+                break
+        if BOUNDSCHECK:
+            _publish()
 
 
 def _publish() -> None:
-    count = len(_starts)
+    starts, ends = _known
+    count = len(starts)
     if count > REGION_LIMIT:
         raise MemoryError(f"more than {REGION_LIMIT} memory regions")
-    regions[1 : 1 + 2 * count : 2] = _starts
-    regions[2 : 2 + 2 * count : 2] = _ends
-    regions[0] = count
+    current = int(regions[0]) + 1
+    half = regions[1 + (current & 1) * REGION_HALF :][:REGION_HALF]
+    half[1 : 1 + 2 * count : 2] = starts
+    half[2 : 2 + 2 * count : 2] = ends
+    half[0] = count
+    regions[0] = current
 
 
 def check(address: int, size: int) -> None:
     """Raise IndexError unless all `size` bytes at `address` lie in one registered region."""
-    at = bisect.bisect_right(_starts, address) - 1
-    if at < 0 or address + size > _ends[at]:
+    starts, ends = _known
+    at = bisect.bisect_right(starts, address) - 1
+    if at < 0 or address + size > ends[at]:
         raise IndexError(f"{size} bytes at {address:#x} are outside every registered region")
 
 

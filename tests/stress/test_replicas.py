@@ -13,8 +13,8 @@ from libfp.jit import INTERPRETED, Arena, call, kernel, load64, load_acquire64, 
 from libfp.jit.libc import address_of
 from libfp.tables import Hash, Lpm4
 
-pytestmark = pytest.mark.stress
-CHANGES = 300 if INTERPRETED else 20_000
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(180)]
+CHANGES = 300 if INTERPRETED else 8_000
 LENGTHS = [20, 24, 24, 28, 32, 18] if INTERPRETED else [13, 16, 18, 20, 24, 24, 28, 32]
 PREFIX = 10 << 24
 SCHED_YIELD = address_of("sched_yield")

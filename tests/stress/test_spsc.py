@@ -10,7 +10,7 @@ from libfp.jit import INTERPRETED, Arena, call, kernel, load64, pause, store64
 from libfp.jit.libc import address_of
 from libfp.rings import Spsc
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(180)]
 COUNT = 200 if INTERPRETED else 1_000_000
 WRAP = 1 << 32
 SCHED_YIELD = address_of("sched_yield")
