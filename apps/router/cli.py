@@ -87,9 +87,12 @@ def router(
 def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does, once; what comes during the clean-up is ignored."""
 
+    def ignore(number: int, frame: Any) -> None:
+        """Not SIG_IGN: of a signal that has come already Python would complain."""
+
     def interrupt(number: int, frame: Any) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_IGN)
+            signal.signal(one, ignore)
         raise KeyboardInterrupt
 
     before = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
