@@ -134,7 +134,7 @@ class Generator:
             f"  %at_{n} = getelementptr i8, ptr %packet, i64 {8 * n}\n  store i64 {word}, ptr %at_{n}\n"
             for n, word in words
         )
-        self._program = bpf.Program(emit.compile_bpf(_SEND.format(stores="\n".join(stores))), "bench_send")
+        self._program = bpf.Program(emit.compile_bpf(_SEND.format(stores=stores)), "bench_send")
         self._frame = ffi.from_buffer(frame)
         # struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         context = struct.pack("=IIIIII", 0, SIZE, 0, self._host.index("g0"), 0, 0)
