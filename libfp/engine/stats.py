@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _DESCRIPTION = 16
 _HEADER = 64 * 1024
 _PREFIX = "libfp:"
 PAGE = 4096
+_TRIES = 100  # two milliseconds apart, for a description that is being written
 
 
 class Counters(Mapping[str, int]):
@@ -82,15 +84,26 @@ class Counters(Mapping[str, int]):
 
 
 def _read(page: mmap.mmap) -> tuple[dict[str, Any], list[list[int]]]:
-    if page[:8] != _MAGIC:
-        raise NoSuchInstance("the statistics page is of another version of libfp", "restart that instance")
-    length = struct.unpack_from("<Q", page, 8)[0]
-    description = json.loads(page[_DESCRIPTION : _DESCRIPTION + length])
+    description = _describe(page)
     size = description["block"]
     words = [
         list(struct.unpack_from(f"<{size // 8}Q", page, _HEADER + w * size)) for w in range(description["workers"])
     ]
     return description, words
+
+
+def _describe(page: mmap.mmap) -> dict[str, Any]:
+    """The description, read again as long as it changes under the reader's eyes: it may just be being written."""
+    for _ in range(_TRIES):
+        head = page[:_DESCRIPTION]
+        text = page[_DESCRIPTION : _DESCRIPTION + min(struct.unpack_from("<Q", head, 8)[0], _HEADER)]
+        if head[:8] == _MAGIC and head + text == page[: len(head) + len(text)]:
+            found: dict[str, Any] = json.loads(text)
+            return found
+        if head[:8] not in (_MAGIC, b"\0" * 8):
+            break
+        time.sleep(0.002)
+    raise NoSuchInstance("the statistics page is of another version of libfp", "restart that instance")
 
 
 class StatsPage:

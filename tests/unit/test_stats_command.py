@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -93,3 +94,24 @@ def test_a_reader_sees_the_end_of_the_process():
         assert not reader.alive
         reader.counters()  # the memory outlives the process as long as somebody looks
         reader.close()
+
+
+def test_a_description_is_never_read_half_written(page):
+    """The writer changes it while a reader in another thread attaches again and again."""
+    done = threading.Event()
+
+    def write():
+        for turn in range(3000):
+            page.describe(turn=turn, text="x" * (turn % 1000))
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    looks = 0
+    while not done.is_set() or not looks:
+        reader = attach(NAME)
+        assert len(reader.description.get("text", "")) == reader.description.get("turn", 0) % 1000
+        reader.counters()
+        reader.close()
+        looks += 1
+    thread.join()
