@@ -21,6 +21,7 @@ from libfp.jit import (
     store64,
     store_release32,
     u32,
+    ult64,
     word,
 )
 from libfp.packet.burst import BURST, FRAME, LENGTH, VERDICT, Burst
@@ -64,6 +65,24 @@ class FreeFrames:
         n = load64(self.at) - 1
         store64(self.at, n)
         return load64(self.at + STACK + 8 * n)
+
+    def push_from(self, descs: int, first: int, n: int, mask: int, size: int) -> None:
+        """`push` what `n` entries of a ring say, from index `first` on; offsets outside `size` bytes are ignored."""
+        at, count, most, start = self.at + STACK, load64(self.at), load64(self.at + 8), load64(self.at + 16)
+        for i in range(first, first + n):
+            frame = load64(descs + (i & mask) * 8)
+            if ult64(frame, size) & int(count < most):
+                store64(at + 8 * count, frame & start)
+                count += 1
+        store64(self.at, count)
+
+    def pop_into(self, descs: int, first: int, n: int, mask: int) -> None:
+        """`pop` `n` times, which there must be, into a ring from index `first` on."""
+        count = load64(self.at)
+        top = self.at + STACK + 8 * count
+        for i in range(n):
+            store64(descs + ((first + i) & mask) * 8, load64(top - 8 - 8 * i))
+        store64(self.at, count - n)
 
 
 @native
@@ -199,11 +218,8 @@ class PortRings:
         n = u32(producer - own)
         if n == 0:
             return
-        descs, mask, size = load64(at + COMPLETION + DESCS), load64(at + COMPLETION + MASK), load64(at + UMEM_SIZE)
-        for i in range(min(n, mask + 1)):
-            frame = load64(descs + ((own + i) & mask) * 8)
-            if frame >= 0 and frame < size:
-                free.push(frame)
+        descs, mask = load64(at + COMPLETION + DESCS), load64(at + COMPLETION + MASK)
+        free.push_from(descs, own, min(n, mask + 1), mask, load64(at + UMEM_SIZE))
         store64(at + COMPLETION + OWN, producer)
         store_release32(load64(at + COMPLETION + CONSUMER), producer)
 
@@ -225,9 +241,7 @@ class PortRings:
             store64(counters + RX_STARVED, load64(counters + RX_STARVED) + 1)
         if n <= 0:
             return
-        descs = load64(at + FILL + DESCS)
-        for i in range(n):
-            store64(descs + ((own + i) & mask) * 8, free.pop())
+        free.pop_into(load64(at + FILL + DESCS), own, n, mask)
         own = u32(own + n)
         store64(at + FILL + OWN, own)
         store_release32(load64(at + FILL + PRODUCER), own)
