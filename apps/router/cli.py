@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import click
 
@@ -68,39 +66,50 @@ def router(
     if len(set(interfaces)) != len(interfaces):
         raise BadInput(f"an interface is named twice in {' '.join(interfaces)}", "name each once")
     say = _Said(as_json)
-    with _terminated_as_interrupted():
+    with _Interrupts() as interrupts:
         from libfp import Linux, Pipeline  # numba and pyroute2 come with them
         from libfp.stages import forward, parse
 
         say("reading Linux's links, addresses, neighbours and routes")
         with Linux(*interfaces, only=only, mode=mode, bypass=bypass, frame_size=None) as linux:
+            interrupts.check()
             pipeline = Pipeline(parse, forward(linux))
             say("compiling the pipeline (seconds at first, then from the cache)")
             options = {"kick": kick, "idle": idle, "frame_size": linux.frame_size}
             with pipeline.start(linux.ports, cores, name=name or f"router-{os.getpid()}", **options) as app:
+                interrupts.check()
                 say.ready(app, linux)
                 app.wait()
                 say.end(app)
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, once; what comes during the clean-up is ignored."""
+class _Interrupts:
+    """While the block runs, SIGTERM ends the command as Ctrl-C does, once; what comes during the clean-up is ignored.
 
-    def ignore(number: int, frame: Any) -> None:
-        """Not SIG_IGN: of a signal that has come already Python would complain."""
+    `check` raises KeyboardInterrupt where the one that a signal raised has been lost: in a callback from C, of which a
+    compilation makes many, Python can only print it.
+    """
 
-    def interrupt(number: int, frame: Any) -> None:
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, ignore)
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
 
-    before = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if not self._asked:
+            self._asked = True
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 class _Said:
