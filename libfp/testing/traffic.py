@@ -4,7 +4,7 @@
         router.route("10.0.2.0/24", via="10.0.3.2", command="replace")
     assert stream.result.lost == 0
 
-Neither end needs a program installed: TCP runs in threads, UDP in processes of `libfp.testing.udp`.
+Neither end needs a program installed: TCP runs in threads, UDP in processes of `libfp.testing.datagrams`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Reporter:
     """A process that prints JSON lines: the latest line is `.latest`, the last one has "done"."""
 
     def __init__(self, host: Host, *arguments: object) -> None:
-        command = [sys.executable, "-m", "libfp.testing.udp", *(str(a) for a in arguments)]
+        command = [sys.executable, "-m", "libfp.testing.datagrams", *(str(a) for a in arguments)]
         self.command = " ".join(command[1:])
         self.latest: dict[str, Any] = {}
         # Their own session: Ctrl-C in a terminal reaches the one that started them, which then ends them in order.

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from libfp.demo.report import Report, Totals
 from libfp.demo.screen import Screen, counter_table, summary
-from libfp.testing.udp import Tally
+from libfp.testing.datagrams import Tally
 
 
 @given(st.lists(st.lists(st.integers(0, 200_000), min_size=1, max_size=64), max_size=8))

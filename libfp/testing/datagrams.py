@@ -1,4 +1,4 @@
-"""The processes that send and receive numbered UDP datagrams: ``python -m libfp.testing.udp send|receive``.
+"""The processes that send and receive numbered UDP datagrams: ``python -m libfp.testing.datagrams send|receive``.
 
 They are processes, not threads, so that neither the other end nor a live display takes turns with them on the GIL, and
 they use sendmmsg and recvmmsg, because one system call a packet is what limits a plain Python sender. Each prints JSON
