@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -17,8 +12,6 @@ from libfp.errors import MissingCapability, Unsupported
 if TYPE_CHECKING:
     from libfp.demo.report import Report
     from libfp.demo.screen import Screen
-
-PATIENCE = 10.0  # seconds that ending the router and removing the namespaces may take
 
 
 @click.command()
@@ -39,10 +32,9 @@ def demo(seconds: float, as_json: bool, memory: bool) -> None:
     from libfp.demo.screen import Screen, summary
 
     console = Console(stderr=as_json)
-    with _ended_by_signals():
-        with Screen(console, "libfp demo: an IPv4 router whose tables are Linux's") as screen:
-            report = _run(screen, seconds, memory)
-        console.print(summary(report))
+    with Screen(console, "libfp demo: an IPv4 router whose tables are Linux's") as screen:
+        report = _run(screen, seconds, memory)
+    console.print(summary(report))
     if as_json:
         click.echo(json.dumps(report.as_dict()))
 
@@ -59,32 +51,3 @@ def _run(screen: Screen, seconds: float, memory: bool) -> Report:
             why = str(error)
     screen.done(f"over memory ports: {why}")
     return in_memory.run(screen, seconds, why)
-
-
-class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: the same way out as Ctrl-C."""
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP unwind the stack. More of them within `PATIENCE` seconds do not disturb the removal of
-    what was made; after that one may ask again.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = float("-inf")
-
-    def end(number: int, frame: object) -> None:
-        nonlocal asked
-        if time.monotonic() - asked >= PATIENCE:
-            asked = time.monotonic()
-            raise Ended(signal.Signals(number).name)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from libfp.demo import phases
+from libfp.demo import ending, phases
 from libfp.demo.network import PICTURE, DemoFailed, Network, RouterProcess, check_af_xdp
 from libfp.demo.report import Report, Totals
 from libfp.demo.screen import Screen
@@ -17,14 +17,19 @@ def totals(reader: StatsReader) -> Totals:
 
 
 def run(screen: Screen, seconds: float) -> Report:
-    """All steps; whatever ends them, Ctrl-C included, everything made is removed.
+    """All steps; whatever ends them, Ctrl-C included (KeyboardInterrupt, then), everything made is removed first.
 
     Raises `libfp.Error` before anything was measured where namespaces or AF_XDP cannot be had.
     """
     check_af_xdp()
+    lab = Lab()
+    return ending.run(lambda: _run(screen, seconds, lab), lab.abort)
+
+
+def _run(screen: Screen, seconds: float, lab: Lab) -> Report:
     report = Report("veth")
     screen.step("making three namespaces and two veth pairs")
-    with Lab() as lab:
+    with lab:
         net = Network(lab)
         screen.picture = PICTURE
         core = net.place()

@@ -116,6 +116,7 @@ class Lab:
         self.ipv6 = ipv6
         self.name = f"libfp-{os.getpid()}-{next(_lab_numbers)}"
         self.hosts: dict[str, Host] = {}
+        self.aborted = False
 
     def __enter__(self) -> Lab:
         if os.geteuid() != 0:
@@ -130,18 +131,28 @@ class Lab:
 
     def close(self) -> None:
         """Remove everything; called by the end of the `with` block, and harmless when called again."""
-        inodes = {host.inode for host in self.hosts.values()}
-        _end({pid for pid in _pids() if pid != os.getpid() and namespace_of(pid) in inodes})
+        self._end_processes()
         for host in self.hosts.values():
             host._close()
         self.hosts.clear()
+
+    def abort(self) -> None:
+        """Make whoever works with this lab, in another thread, come to an end: its processes are ended, and whatever it
+        asks of a host next raises InterruptedError. Its own `with` block then removes the lab. Can be repeated.
+        """
+        self.aborted = True
+        self._end_processes()
+
+    def _end_processes(self) -> None:
+        inodes = {host.inode for host in list(self.hosts.values())}
+        _end({pid for pid in _pids() if pid != os.getpid() and namespace_of(pid) in inodes})
 
     def host(self, name: str) -> Host:
         """A new network namespace with its loopback interface up."""
         if name in self.hosts:
             raise ValueError(f"this lab already has a host {name!r}")
-        host = self.hosts[name] = Host(self, name, len(self.hosts) + 1)
-        return host
+        self.hosts[name] = Host(self, name, len(self.hosts) + 1)
+        return self.hosts[name]
 
     def link(self, a: Host, a_name: str, b: Host, b_name: str, queues: int = 1, mtu: int = 1500) -> None:
         """A veth pair from `a` (as `a_name`) to `b` (as `b_name`), both ends up and with carrier.
@@ -232,7 +243,7 @@ class Host:
                         pipe.close()
         for sock in list(self._sockets):
             sock.close()
-        self.call(close_inside)
+        self._thread.submit(close_inside).result()
         self._thread.shutdown()
         os.close(self._fd)
 
@@ -240,6 +251,8 @@ class Host:
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a function in this host's thread (inside the namespace) and return its result."""
+        if self.lab.aborted:
+            raise InterruptedError(f"{self.lab.name} has been aborted")
         return self._thread.submit(function, *args, **kwargs).result()
 
     @contextlib.contextmanager

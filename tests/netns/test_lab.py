@@ -149,6 +149,29 @@ def test_what_a_killed_lab_left_is_swept():
         assert orphan in sweep()
 
 
+def test_an_aborted_lab_ends_whoever_works_with_it():
+    lab = Lab()
+    ended = []
+
+    def work():
+        with lab:
+            process = lab.host("h").popen(["sleep", "60"])
+            started.set()
+            process.wait()
+            with pytest.raises(InterruptedError):
+                lab.hosts["h"].socket()
+            ended.append(process.returncode)
+
+    started = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert started.wait(10)
+    lab.abort()
+    thread.join(10)
+    assert ended == [-signal.SIGTERM]
+    assert lab.hosts == {}
+
+
 def test_tcp_transfer_is_intact_both_ways(routed):
     client, _, server = routed
     for sender, receiver, address in ((client, server, "10.0.2.2"), (server, client, "10.0.1.2")):
