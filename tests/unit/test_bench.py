@@ -1,0 +1,87 @@
+"""The benches run: what they measure is for `make bench` on a quiet machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import forward, harness, rib
+from bench.harness import Case
+
+KEYS = {"bench", "case", "ours", "peer", "theirs", "unit", "better", "ratio"}
+ROOT = Path(harness.__file__).parent.parent
+
+
+def test_a_case_is_one_json_line_and_its_rounds_alternate(capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def side(name: str, value: float) -> float:
+        order.append(name)
+        return value
+
+    case = Case(
+        "made-up",
+        "a case",
+        "ns",
+        "lower",
+        lambda: side("ours", 2.0),
+        "flat",
+        lambda: side("theirs", 3.0),
+        prepare=lambda: order.append("prepare"),
+    )
+    (result,) = harness.run([case], rounds=3)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    line = json.loads(out)
+    assert line.keys() == KEYS
+    named = {"bench": "made-up", "case": "a case", "unit": "ns", "better": "lower", "peer": "flat"}
+    assert line == named | {"ours": 2.0, "theirs": 3.0, "ratio": 1.5}
+    assert result.ours == [2.0] * 3, "the first round does not count"
+    assert order[::2] == ["prepare"] * 8
+    assert order[1::2] == ["theirs", "ours", "ours", "theirs"] * 2, "neither side always comes second"
+
+
+def test_higher_is_better_and_a_case_without_peer() -> None:
+    case = Case("made-up", "a case", "Mpps", "higher", lambda: 2.0, "flat", lambda: 4.0)
+    assert harness.measure(case, 1).ratio == 0.5
+    line = json.loads(harness.measure(Case("made-up", "alone", "s", "lower", lambda: 1.0), 1).line())
+    assert line.keys() == KEYS
+    assert (line["peer"], line["theirs"], line["ratio"]) == (None, None, None)
+
+
+def test_progress_goes_where_it_is_sent() -> None:
+    progress = io.StringIO()
+    harness.measure(Case("made-up", "a case", "s", "lower", lambda: 1.5), 2, progress)
+    assert progress.getvalue().splitlines()[-1] == "made-up a case: round 2 of 2, s: ours 1.5"
+
+
+@pytest.mark.timeout(180)  # compiles
+def test_both_sides_of_forward_forward_a_small_table() -> None:
+    addresses, lengths = np.array([10 << 24, 0, 198 << 24]), np.array([8, 0, 24])
+    keys = rib.inside(addresses, lengths, forward.FRAMES * forward.CHUNKS)
+    bed = forward.Bed(addresses, lengths, keys)
+    case = Case("forward", "small", "ns/packet", "lower", bed.stages, "flat", bed.flat)
+    result = harness.measure(case, 1)
+    assert json.loads(result.line()).keys() == KEYS
+    assert result.ratio is not None
+    assert result.ratio > 0
+
+
+def test_keys_lie_in_their_prefixes_and_are_no_martians() -> None:
+    addresses, lengths = np.array([10 << 24, 127 << 24, 224 << 24, 198 << 24 | 18 << 16]), np.array([8, 8, 4, 15])
+    keys = rib.inside(addresses, lengths, 1000)
+    assert set((keys >> 24).tolist()) == {10, 198}
+    assert all(key >> 17 == (198 << 24 | 18 << 16) >> 17 for key in keys.tolist() if key >> 24 == 198)
+
+
+def test_an_unknown_bench_is_one_line_and_status_2() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "bench: no bench 'nonsense'; there are: forward, start, veth\n"
