@@ -19,7 +19,7 @@ from libfp.packet import checksum, ipv4_checksum_ok, update16
 from libfp.stages import Forward, Routes, forward, parse
 from libfp.testing import ethernet
 
-pytestmark = pytest.mark.timeout(180)  # compiling takes long on a busy machine
+pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
 
 Checksum = Callable[[bytes], int]
 ROOM = 2048

@@ -17,7 +17,7 @@ from libfp.jit import store8, store16be, store32be
 from libfp.stages import Forward, Routes, forward, parse
 from libfp.testing import ethernet, ipv4
 
-pytestmark = pytest.mark.timeout(180)  # compiling takes long on a busy machine
+pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
 
 Oracle = Callable[[bytes], tuple[str, bytes]]
 

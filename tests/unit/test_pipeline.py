@@ -18,7 +18,7 @@ from libfp.jit import BOUNDSCHECK, INTERPRETED
 from libfp.stages import parse
 from libfp.testing import ethernet, icmp_echo, ipv4, tcp, udp
 
-pytestmark = pytest.mark.timeout(180)  # compiling takes long on a busy machine
+pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
 
 
 def told(outcome: Outcome) -> tuple[int, int, int]:
@@ -261,7 +261,7 @@ def test_reasons_of_one_hash_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(INTERPRETED or BOUNDSCHECK, reason="this is that run")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("variable", ["NUMBA_DISABLE_JIT", "LIBFP_BOUNDSCHECK"])
 def test_the_same_in_the_other_worlds(variable: str) -> None:
     """Every test of this file, and of the primitives, interpreted; and this one with every access checked."""
@@ -270,6 +270,6 @@ def test_the_same_in_the_other_worlds(variable: str) -> None:
     if variable == "NUMBA_DISABLE_JIT":
         files += ["test_jit_raw.py", "test_jit_native.py", "test_jit_memory.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{here}/{name}" for name in files)]
-    done = subprocess.run(command, env={**os.environ, variable: "1"}, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, env={**os.environ, variable: "1"}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout

@@ -15,7 +15,7 @@ from libfp import AlreadyRunning, NoSuchInstance
 from libfp.engine.stats import Counters, StatsPage, attach, instances
 from libfp.testing import wait_until
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 NAME = f"test-stats-{os.getpid()}"
 DESCRIPTION = {

@@ -24,7 +24,7 @@ from libfp.ports.memory import MemoryPort
 from libfp.testing import udp, wait_until
 
 pytestmark = [
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(INTERPRETED, reason="about compiled loops"),
 ]  # compiling takes long on a busy machine
 
@@ -408,20 +408,24 @@ def test_arguments_are_checked(probe: SimpleNamespace, ports: Any, options: Any,
 
 
 CTRL_C = """
-import sys
+import sys, threading
 from libfp import Pipeline
 from libfp.ports.memory import MemoryPort
 from libfp.stages import parse
+from libfp.testing import wait_until
+
+def tell():
+    wait_until(lambda: len(app._ended._cond._waiters) == 2)  # the keeper, and this program
+    print("running", flush=True)
 
 with Pipeline(parse).start([MemoryPort("a")], name=sys.argv[1]) as app:
-    print("running", flush=True)
+    threading.Thread(target=tell).start()
     app.wait()
     print("waited", app.workers[0].running, flush=True)
 print("left", app.workers[0].running, flush=True)
 """
 
 
-@pytest.mark.timeout(120)
 def test_ctrl_c_ends_wait_and_everything() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", CTRL_C, CHILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -431,7 +435,7 @@ def test_ctrl_c_ends_wait_and_everything() -> None:
         assert child.stdout.readline() == "running\n", child.stderr and child.stderr.read()
         assert CHILD in instances()
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=90)
     finally:
         child.kill()
     assert (out, err, child.returncode) == ("waited True\nleft False\n", "", 0)
