@@ -8,6 +8,7 @@ standard input is a command, answered by one JSON line when it has been carried 
     go        and moves again
     restart   the worker is stopped and started
     account   the worker is stopped, its frames are counted (`libfp.testing.frames`), and it is started again
+    unfollow  the tables stay as they are, whatever Linux does
     stop      the application is stopped
 
 It is a process of its own because what it is for leaves nothing usable behind: a worker that seccomp kills, or one
@@ -67,6 +68,8 @@ def main(name: str, ports: str, core: str, options: str) -> None:
                 worker.stop()
                 answer = dataclasses.asdict(frame_account(worker))
                 worker.start()
+            elif command == "unfollow":
+                linux.mirror.close()
             elif command == "stop":
                 app.stop()
             else:

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal, Self
 
@@ -28,7 +27,8 @@ class Instance:
 
     It is killed, and waited for, when `undo` is closed. It runs before other work that wants its core, as if that core
     were its own: a test that shares a machine then measures the router and not the scheduler. `prefer="worker"` is for
-    one with a helper where that has to share its core with the ends of the traffic: only the worker goes first.
+    one with a helper where that has to share its core with the ends of the traffic, and with the kernel's threads that
+    carry it between them: only the worker goes first.
     """
 
     def __init__(
@@ -120,21 +120,3 @@ def _prefer(pid: int) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
         with open(f"/proc/{pid}/autogroup", "w") as group:
             group.write(str(NICE))
-
-
-@contextlib.contextmanager
-def prefer_session() -> Iterator[None]:
-    """Where the scheduler groups by sessions (autogroup), let this process's run before others meanwhile."""
-    path = "/proc/self/autogroup"
-    before = ""
-    with contextlib.suppress(OSError):
-        with open(path) as group:
-            before = group.read().split()[-1]  # as in "/autogroup-20 nice 0"
-        with open(path, "w") as group:
-            group.write(str(NICE))
-    try:
-        yield
-    finally:
-        if before:
-            with contextlib.suppress(OSError), open(path, "w") as group:
-                group.write(before)

@@ -11,21 +11,14 @@ import pytest
 
 from libfp.demo.network import SERVER, Network, check_af_xdp
 from libfp.errors import Unsupported
-from libfp.testing.instance import Instance, prefer_session
+from libfp.testing.instance import Instance
 from libfp.testing.netns import Lab
 
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="session")
-def preferred() -> Iterator[None]:
-    """Let this session, with the ends of the traffic in it, run before others (see `Instance`)."""
-    with prefer_session():
-        yield
-
-
 @pytest.fixture(scope="module")
-def network(preferred: None) -> Iterator[Network]:
+def network() -> Iterator[Network]:
     try:
         check_af_xdp()
     except Unsupported as error:
