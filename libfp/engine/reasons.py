@@ -15,8 +15,8 @@ from libfp.packet.verdict import DROP, KIND_SHIFT, KINDS, PUNT, reason_code
 OTHER = 0  # the counter of verdicts whose reason no stage of the pipeline names
 
 #: Punts a second and worker, by reason; 0 is no limit. Anything not named gets DEFAULT_RATE: enough for what Linux
-#: answers or learns from. What Linux would go on to forward gets so much that it hardly loses any, and yet does not keep
-#: the rest from the ring; routes that only Linux can follow are its own affair.
+#: answers or learns from. What Linux would go on to forward gets so much that it hardly loses any, and yet does not
+#: keep the rest from the ring; routes that only Linux can follow are its own affair.
 DEFAULT_RATE, FORWARDED_RATE = 1000, 50_000
 RATES: Mapping[str, int] = {
     **dict.fromkeys(("via-linux", "local", "broadcast"), 0),
