@@ -114,6 +114,8 @@ class Process:
     def stop(self) -> None:
         """SIGTERM, five seconds, SIGKILL."""
         if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()  # what testpmd waits for
             for one in (signal.SIGTERM, signal.SIGCONT):
                 self.process.send_signal(one)
             try:
@@ -184,17 +186,22 @@ class Testpmd(Process):
     MEMORY = 256 << 20
 
     def __init__(self, dut: Host, core: int, huge: str | None) -> None:
+        self._prefix = f"libfp-bench-{os.getpid()}"
         memory = ["--huge-dir", huge] if huge is not None else ["--no-huge"]
         command = [
             self.PROGRAM,
             *("--lcores", f"0@{core},1@{core}"),
             *("-m", str(self.MEMORY >> 20), *memory),
-            *("--no-pci", "--no-telemetry", "--file-prefix", f"libfp-bench-{os.getpid()}"),
+            *("--no-pci", "--no-telemetry", "--file-prefix", self._prefix),
             *("--vdev", "net_af_xdp0,iface=d0", "--vdev", "net_af_xdp1,iface=d1"),
             "--",
             *("--forward-mode=mac", "--nb-cores=1", "--total-num-mbufs=16384"),
         ]
         super().__init__(dut, command, {core})
+
+    def stop(self) -> None:
+        super().stop()
+        shutil.rmtree(f"/var/run/dpdk/{self._prefix}", ignore_errors=True)  # which DPDK leaves behind
 
     @classmethod
     def installed(cls) -> bool:
@@ -205,26 +212,26 @@ class Testpmd(Process):
 def huge_pages(host: Host, nbytes: int) -> Iterator[str | None]:
     """2 MiB pages for `nbytes`, as a hugetlbfs folder in the host's mount namespace; None if they cannot be had.
 
-    The system's number of such pages is what it was before when the block ends.
+    The system has as many such pages less when the block ends as it got when it began.
     """
-    setting, wanted = Path("/proc/sys/vm/nr_hugepages"), -(-nbytes // HUGE_PAGE)
-    before: int | None = None
-    with tempfile.TemporaryDirectory(prefix="libfp-huge-") as folder:
-        try:
-            try:
-                before = int(setting.read_text())
-                setting.write_text(str(before + wanted))
-                there = int(setting.read_text()) >= before + wanted
-                mounted = there and host.call(_mount, folder)
-            except OSError:
-                mounted = False
-            yield folder if mounted else None
-        finally:
-            if before is not None:
-                if mounted:
-                    host.call(_unmount, folder)
-                with contextlib.suppress(OSError):
-                    setting.write_text(str(before))
+    pages = -(-nbytes // HUGE_PAGE)
+    with tempfile.TemporaryDirectory(prefix="libfp-huge-") as folder, contextlib.ExitStack() as undo:
+        added = _add_pages(pages)
+        undo.callback(_add_pages, -added)
+        mounted = added == pages and host.call(_mount, folder)
+        if mounted:
+            undo.callback(host.call, _unmount, folder)
+        yield folder if mounted else None
+
+
+def _add_pages(count: int) -> int:
+    """Change the system's number of 2 MiB pages by `count`; by how many it has changed."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    with contextlib.suppress(OSError):
+        before = int(setting.read_text())
+        setting.write_text(str(max(before + count, 0)))
+        return int(setting.read_text()) - before
+    return 0
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
