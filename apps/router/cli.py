@@ -43,6 +43,13 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
     default="auto",
     help="How XDP is attached: in the driver, or generically (slow, works everywhere).",
 )
+@click.option(
+    "--capacity",
+    type=click.IntRange(1, 1 << 24),
+    default=1 << 20,
+    metavar="N",
+    help="Room for N routes and neighbours.  [1048576]",
+)
 @click.option("--bypass", is_flag=True, help="Forward although Linux would decide otherwise (filters, policy rules).")
 @click.option("--name", metavar="NAME", help="What `fp stats` calls this instance.  [router-PID]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: one when ready, one at the end.")
@@ -53,6 +60,7 @@ def router(
     idle: str,
     only: tuple[str, ...],
     mode: Any,
+    capacity: int,
     bypass: bool,
     name: str | None,
     as_json: bool,
@@ -71,7 +79,7 @@ def router(
         from libfp.stages import forward, parse
 
         say("reading Linux's links, addresses, neighbours and routes")
-        with Linux(*interfaces, only=only, mode=mode, bypass=bypass, frame_size=None) as linux:
+        with Linux(*interfaces, only=only, mode=mode, bypass=bypass, capacity=capacity) as linux:
             interrupts.check()
             pipeline = Pipeline(parse, forward(linux))
             say("compiling the pipeline (seconds at first, then from the cache)")

@@ -17,6 +17,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.netlink import NETLINK_NETFILTER, NETLINK_XFRM, Malformed, Netlink, Overrun, attributes, text
 from libfp.linux.ports import setting
 from libfp.pyxdp import bpf
+from libfp.pyxdp.system import missing_capability
 
 GROUP_XFRM_POLICY = 4
 XFRM_GETPOLICY, XFRM_GETDEFAULT = 0x15, 0x28
@@ -32,8 +33,11 @@ REMEDY = "remove it, or use --bypass if forwarded packets may go past it"
 
 
 def require(ports: Mapping[int, str]) -> None:
-    """Raise PolicyConflict, naming everything found. `ports` maps link indexes to names."""
-    found = list(conflicts(ports))
+    """Raise PolicyConflict, naming everything found. `ports` maps link indexes to names. Raises MissingCapability."""
+    try:
+        found = list(conflicts(ports))
+    except PermissionError as error:
+        raise missing_capability("looking for policies", "CAP_NET_ADMIN") from error
     if found:
         raise PolicyConflict("Linux would decide otherwise than libfp: " + "; ".join(found), REMEDY)
 

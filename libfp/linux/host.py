@@ -20,6 +20,7 @@ from libfp.linux.state import Changes, State
 from libfp.pyxdp import LocalAddresses, Steer
 from libfp.pyxdp.device import ETHERNET, XDP_HEADROOM, Device, check, check_frame, check_free
 from libfp.pyxdp.filters import parse_prefix
+from libfp.pyxdp.system import has_capability, missing_capability
 from libfp.stages.routes import Routes
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Linux:
 
     mode: how XDP is attached, "auto", "native" or "skb". binding: AF_XDP's "auto", "zero-copy" or "copy". only: a
     canary, destination prefixes outside of which everything is left to Linux. frame_size: bytes of a UMEM frame, 2048
-    or 4096; by default what the largest MTU needs. progress: called with (what, done, total) while the first copy of
+    or 4096; by default what the largest MTU needs. capacity: how many prefixes the tables have room for, the routes and
+    the neighbours that are on a port's own link. progress: called with (what, done, total) while the first copy of
     the tables is made, from another thread; total is 0 while it is not known.
 
     Everything is opened in the network namespace of the thread that enters. Raises NoSuchInterface, InterfaceDown,
@@ -62,6 +64,7 @@ class Linux:
         only: Iterable[str] = (),
         frame_size: int | None = None,
         ring_size: int = 1024,
+        capacity: int = 1 << 20,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if not names:
@@ -72,6 +75,7 @@ class Linux:
         self._mode, self._binding = mode, binding
         self._only = tuple(str(parse_prefix(prefix)) for prefix in only)
         self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
+        self._capacity = capacity
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
         self._marked = 0.0
@@ -94,12 +98,14 @@ class Linux:
         for device in self.devices:
             check_frame(device, self.frame_size)
             check_free(device)
+        if not has_capability("CAP_NET_ADMIN"):
+            raise missing_capability("routing beside Linux", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF")
         self._indexes = {device.index: number for number, device in enumerate(self.devices)}
         self._guarded = {device.index: device.name for device in self.devices}
         if not self.bypass:
             guard.require(self._guarded)
         self.local = undo.enter_context(LocalAddresses())
-        self.routes = Routes()
+        self.routes = Routes(routes=self._capacity)
         self.ports: Sequence[HostPort] = [
             HostPort(
                 name,

@@ -36,6 +36,8 @@ def nftables(ports: Collection[str]) -> Iterator[str]:
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
             chains = netlink.dump_all(GETCHAIN, bytes(4))
+    except PermissionError:
+        raise  # there may be rules
     except OSError:
         return  # a kernel without nftables
     for message in chains:

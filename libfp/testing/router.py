@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -82,18 +82,25 @@ def _prefer(pid: int) -> None:
 class RouterProcess:
     """``fp router ARGUMENTS --json`` inside a host; ready when the constructor returns, unless `wait` is false.
 
+    `command` starts `fp`; `environment` is added to this process's.
+
     `ready` and `end` are what it printed then. Raises ChildProcessError, with its own words, when it ends before it is
     ready. The end of the block is a SIGTERM, and SIGKILL after five seconds.
     """
 
     def __init__(
-        self, host: Host, *arguments: str, wait: bool = True, environment: Mapping[str, str] | None = None
+        self,
+        host: Host,
+        *arguments: str,
+        wait: bool = True,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "libfp"),
     ) -> None:
         self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 -- closed by `close`
         self._events: dict[str, dict[str, Any]] = {}
         self._reader: StatsReader | None = None
         self.process = host.popen(
-            [sys.executable, "-m", "libfp", "-v", "router", *arguments, "--json"],
+            [*command, "-v", "router", *arguments, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,

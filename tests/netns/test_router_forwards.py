@@ -186,8 +186,7 @@ def test_routes_that_refuse(net: Net, router: RouterProcess) -> None:
         assert udp_probe(net.client, "192.0.2.1") == IcmpError(3, 0, "10.0.1.1"), "no route at all"
         before = router.counters()
         assert udp_probe(net.client, "203.0.113.129", timeout=0.2) is None, "a black hole does not answer"
-        after = router.counters()
-        assert after.drops.get("blackhole", 0) == before.drops.get("blackhole", 0) + 1
+        wait_until(lambda: router.counters().drops.get("blackhole", 0) == before.drops.get("blackhole", 0) + 1)
 
 
 def test_options_are_for_linux(net: Net, router: RouterProcess, client: Wire, server: Wire) -> None:
