@@ -25,6 +25,7 @@ from libfp.testing.wait import wait_until
 
 GENERATOR_CORE, DUT_CORE = 0, 1
 WARM_UP, MEASURE = 0.4, 1.0  # seconds: a round is one of each
+WHOLE, TRIES = 0.94, 5  # of a core, which one that is loaded uses unless others take it; and how often to try for it
 START_LIMIT = 120.0  # seconds, for a router that compiles
 INSTALL = "apt-get install -y dpdk"
 
@@ -82,8 +83,11 @@ class Side:
         return packets, seconds, used
 
     def rate(self) -> float:
-        """One round: million packets a second."""
-        packets, seconds, _used = self._round()
+        """One round: million packets a second. Rounds in which somebody else had the core are repeated, some times."""
+        for _ in range(TRIES):
+            packets, seconds, used = self._round()
+            if self._process is None or used >= WHOLE * seconds:
+                break
         return packets / seconds / 1e6
 
     def efficiency(self) -> float:
