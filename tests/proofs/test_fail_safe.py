@@ -18,7 +18,7 @@ from libfp.testing.instance import Instance
 from libfp.testing.netns import wait_until
 from libfp.testing.traffic import StreamResult, UdpStream
 
-pytestmark = pytest.mark.timeout(150)  # a router that nobody has compiled yet takes its time to start
+pytestmark = pytest.mark.timeout(300)  # a router that nobody has compiled yet takes its time to start
 
 wait_for = functools.partial(wait_until, timeout=20.0)
 

@@ -17,7 +17,7 @@ from libfp.testing.netns import wait_until
 from libfp.testing.syscalls import count_syscalls
 from libfp.testing.traffic import UdpStream
 
-pytestmark = pytest.mark.timeout(150)  # a router that nobody has compiled yet takes its time to start
+pytestmark = pytest.mark.timeout(300)  # a router that nobody has compiled yet takes its time to start
 
 wait_for = functools.partial(wait_until, timeout=20.0)
 
