@@ -103,7 +103,7 @@ class PuntRing:
     def sleep(self, timeout: float) -> None:
         """Wait for packets, `timeout` seconds at most.
 
-        The producer looks at the sleeping flag without a fence, so a wake-up can be missed: keep `timeout` short.
+        The producer looks at the sleeping flag without a fence, and so may miss it once; it looks again in every turn.
         """
         at = self.slots.at
         store_release32(at + _SLEEPING, 1)

@@ -20,7 +20,7 @@ from libfp.linux.tap import Tap
 if TYPE_CHECKING:
     from libfp.engine.punt import PuntRing
 
-NAP = 0.01  # seconds: how long a wake-up that was missed can go unnoticed
+NAP = 0.1  # seconds: whoever wakes us looks again in every turn; this is for one that has stopped turning
 
 
 class PuntPath:
