@@ -250,7 +250,8 @@ class Linux:
                 self.routes.set_port(
                     number, rp_filter=now.rp_filter, redirects=now.redirects, accept_local=now.accept_local
                 )
-                if not now.forwarding and (before is None or before.forwarding):
+                present = device.index in state.links  # of one that is gone `_follow_link` has spoken
+                if present and not now.forwarding and (before is None or before.forwarding):
                     log.warning(
                         "Linux does not forward what arrives on %s (sysctl net.ipv4.ip_forward): it gets all of it",
                         device.name,
