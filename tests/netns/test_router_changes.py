@@ -136,20 +136,37 @@ def test_default_routes_fail_over_by_metric(net: Net, router: RouterProcess) -> 
     assert steady.result.lost == 0
 
 
-def test_link_down_and_up_again(net: Net, router: RouterProcess) -> None:
-    """The ring of a port that is down fills with packets that cannot leave; up again, it works as before."""
+@pytest.mark.parametrize("port", ["r0", "r1"])
+def test_link_down_and_up_again(net: Net, router: RouterProcess, port: str) -> None:
+    """Where the flow comes in, and where it leaves: the ring of a port that is down fills with what cannot leave."""
+    to, address = (net.server, SERVER) if port == "r0" else (net.client, CLIENT)
     with (
-        UdpStream(net.client, net.other, OTHER, rate=RATE) as steady,
+        UdpStream(net.other, to, address, rate=RATE) as steady,
         UdpStream(net.client, net.server, SERVER, rate=RATE, port=5009) as stopped,
     ):
         wait_until(lambda: steady.received > 500 and stopped.received > 500, timeout=20)
         for _ in range(3):
-            net.router.down("r1")
+            net.router.down(port)
             sent = stopped.sent
             wait_until(lambda: stopped.sent > sent + RATE // 4)  # noqa: B023
             net.normal()
             received = stopped.received
             wait_until(lambda: stopped.received > received + RATE // 10)  # noqa: B023
+    assert steady.result.lost == 0
+    wait_until(lambda: in_fast_path(net, router))
+
+
+def test_many_changes_disturb_nobody(net: Net, router: RouterProcess) -> None:
+    """Hundreds of routes come and go, while a flow on another one loses nothing and the last of them is in force."""
+    prefixes = [f"198.18.{number // 4}.{number % 4 * 64}/26" for number in range(400)]
+    with UdpStream(net.client, net.server, SERVER, rate=RATE) as steady:
+        wait_until(lambda: steady.received > 100, timeout=20)
+        for prefix in prefixes:
+            net.router.route(prefix, via=OTHER)
+        with Trickle(net.client, EITHER), Arrivals(net.other) as at_other, route(net, "198.51.100.0/24", OTHER):
+            wait_until(at_other.take)
+        for prefix in prefixes:
+            net.router.unroute(prefix)
     assert steady.result.lost == 0
     wait_until(lambda: in_fast_path(net, router))
 
