@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
         folder.chmod(0o700)
         os.environ["LIBFP_CACHE_DIR"] = str(folder)
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts us in the background has Ctrl-C ignored, and so would all the programs under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT_FOLDERS = ("netns", "proofs")  # what is in these makes namespaces or AF_XDP sockets, but for:
 WITHOUT_ROOT = ("test_machine_code.py",)

@@ -66,6 +66,16 @@ def unregister(address: int) -> None:
     _change(remove)
 
 
+def forget(address: int, size: int) -> None:
+    """Take back every `register` of a region that starts in these bytes: they are about to be unmapped."""
+
+    def remove(starts: list[int], ends: list[int]) -> None:
+        begin, end = bisect.bisect_left(starts, address), bisect.bisect_left(starts, address + size)
+        del starts[begin:end], ends[begin:end]
+
+    _change(remove)
+
+
 def _change(edit: Callable[[list[int], list[int]], None]) -> None:
     global _known
     with _lock:
@@ -139,7 +149,7 @@ class Arena:
         self.size = size
         self.address = base + (room - size) // 8 * 8 if flush_end else base
         register(self.address, size)
-        self._finalizer = weakref.finalize(self, _release, start, total, self.address)
+        self._finalizer = weakref.finalize(self, _release, start, total)
 
     @property
     def buffer(self) -> memoryview:
@@ -156,6 +166,6 @@ class Arena:
         self._finalizer()
 
 
-def _release(start: int, total: int, address: int) -> None:
-    unregister(address)
+def _release(start: int, total: int) -> None:
+    forget(start, total)
     _libc.munmap(_ffi.cast("void *", start), total)

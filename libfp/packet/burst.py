@@ -7,8 +7,9 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     16    port      the port they arrived on
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
-    832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header, 0: anything else; above it how
-                    many bytes the network header lies behind where it is in an untagged frame
+    832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header without options, 0x14: one with
+                    options, 0: anything else; above it how many bytes the network header lies behind where it is in
+                    an untagged frame
     1088  verdict   64 x u32, see `libfp.packet.verdict`
     1344  next_hop  64 x u32, index of the next hop that decided, 0 for none
     1600  key       64 x u32, scratch for bulk lookups within one stage
@@ -38,7 +39,7 @@ BURST = 64
 FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
 SIZE = 2368
 
-KIND_IPV4 = 4
+KIND_IPV4, KIND_IPV4_OPTIONS = 4, 0x14
 
 
 @native
@@ -90,7 +91,7 @@ class Packet:
     @property
     def is_ipv4(self) -> bool:
         """A sound IPv4 header (`parse` has run): `ipv4` may be used."""
-        return load32(self.burst + KIND + 4 * self.i) & 0xFF == KIND_IPV4
+        return load32(self.burst + KIND + 4 * self.i) & 0xF == KIND_IPV4
 
     @property
     def ipv4(self) -> Ipv4:
@@ -205,7 +206,7 @@ class Burst:
         return load32(self.at + LENGTH + 4 * i)
 
     def is_ipv4(self, i: int) -> bool:
-        return load32(self.at + KIND + 4 * i) & 0xFF == KIND_IPV4
+        return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV4
 
     def is_live(self, i: int) -> bool:
         return load32(self.at + VERDICT + 4 * i) == 0

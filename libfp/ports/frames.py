@@ -45,10 +45,6 @@ class FrameMemory:
 
     def close(self) -> None:
         """Unmap it. No socket and no worker may use it any more."""
-        if self.guard:
-            for frame in range(self.frames):
-                _memory.unregister(self.address + frame * self.stride)
-            _memory.register(self.address, self.size)
         self.arena.close()
         self._stack.close()
 

@@ -51,13 +51,10 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     ask_sources = int(checks & CHECK_SOURCES != 0)
     for i in range(n):
         if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
-            burst.punt(i, "not-ipv4")
+            check_other(burst, i)
             continue
         ip = base + load64(at + FRAME + 8 * i) + _IP
         low, high, last = load64(ip), load64(ip + 8), load32(ip + 16)
-        if unlikely(low & 0xFF != 0x45):
-            check_with_options(burst, i, ip)
-            continue
         if unlikely(not is_ipv4_sum(low, high, last)):
             burst.drop(i, "ipv4-checksum")
             continue
@@ -137,9 +134,12 @@ def check_unusual(
 
 
 @kernel
-def check_with_options(burst: Burst, i: int, ip: int) -> None:
-    """A header with options goes to Linux if it is sound."""
-    if checksum(ip, (load8(ip) & 15) << 2) != 0:
+def check_other(burst: Burst, i: int) -> None:
+    """What is no plain IPv4 goes to Linux, but for a header with options whose checksum is wrong."""
+    ip = burst.data(i) + _IP
+    if not burst.is_ipv4(i):
+        burst.punt(i, "not-ipv4")
+    elif checksum(ip, (load8(ip) & 15) << 2) != 0:
         burst.drop(i, "ipv4-checksum")
     else:
         burst.punt(i, "ip-options")

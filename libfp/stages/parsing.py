@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import load8, load16, load16be, load32, load64, store32, unlikely
-from libfp.packet.burst import FRAME, KIND, KIND_IPV4, LENGTH, Burst
+from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store32, unlikely
+from libfp.packet.burst import FRAME, KIND, KIND_IPV4, KIND_IPV4_OPTIONS, LENGTH, Burst
 from libfp.packet.headers import ETHERNET_SIZE
 
 _IPV4_TYPE = 0x0008  # 0x0800 as the machine loads it
@@ -29,19 +29,26 @@ def parse(burst: Burst) -> None:
                 burst.drop(i, "ipv4-truncated")
             continue
         at = base + load64(columns + FRAME + 8 * i)
-        if load32(at + 12) & 0x00FF_FFFF == _PLAIN:
-            header = 20
-        elif load16(at + 12) != _IPV4_TYPE:
+        word = load64(at + 12)  # type, version and header length, TOS, total length
+        total = bswap16(shr64(word, 32))
+        plain = (word & 0x00FF_FFFF == _PLAIN) & (total >= 20) & (ETHERNET_SIZE + total <= length)
+        if unlikely(not plain):
+            look_closer(burst, i, at, total, length)
             continue
-        elif load8(at + ETHERNET_SIZE) >> 4 != 4:
-            burst.drop(i, "ipv4-version")
-            continue
-        else:
-            header = (load8(at + ETHERNET_SIZE) & 15) << 2
-        total = load16be(at + ETHERNET_SIZE + 2)
-        if unlikely((header < 20) | (total < header)):
-            burst.drop(i, "ipv4-header-length")
-        elif unlikely(ETHERNET_SIZE + total > length):
-            burst.drop(i, "ipv4-truncated")
-        else:
-            store32(columns + KIND + 4 * i, KIND_IPV4)
+        store32(columns + KIND + 4 * i, KIND_IPV4)
+
+
+@kernel
+def look_closer(burst: Burst, i: int, at: int, total: int, length: int) -> None:
+    """What is not a plain IPv4 header: another protocol, one with options, or a malformed one."""
+    if load16(at + 12) != _IPV4_TYPE:
+        return
+    header = (load8(at + ETHERNET_SIZE) & 15) << 2
+    if load8(at + ETHERNET_SIZE) >> 4 != 4:
+        burst.drop(i, "ipv4-version")
+    elif header < 20 or total < header:
+        burst.drop(i, "ipv4-header-length")
+    elif ETHERNET_SIZE + total > length:
+        burst.drop(i, "ipv4-truncated")
+    else:
+        store32(burst.at + KIND + 4 * i, KIND_IPV4_OPTIONS)

@@ -173,3 +173,15 @@ def test_the_interpreted_world_raises() -> None:
     ended = run(FAULT.format(definition=STORE, offset=4096), NUMBA_DISABLE_JIT="1")
     assert ended.returncode == 1
     assert "IndexError: 1 bytes at 0x" in ended.stderr
+
+
+def test_a_collected_umem_with_guards_leaves_no_region_behind() -> None:
+    """Frames are registered one by one; stale ones would shadow whatever is mapped there next."""
+    from libfp.ports.frames import FrameMemory
+
+    frames = FrameMemory(4, guard="end")
+    address = frames.address
+    memory.check(address + frames.stride, 8)
+    del frames
+    with pytest.raises(IndexError):
+        memory.check(address + 2 * 4096, 8)
