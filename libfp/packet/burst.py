@@ -21,7 +21,7 @@ of 0..count-1 live when it begins, and within one stage the first verdict wins.
 
 from __future__ import annotations
 
-from libfp.jit import Arena, clear128, load8, load16be, load32, load32_in, load64, native, store32, store64, word
+from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, store32, store64, word
 from libfp.packet.headers import (
     ETHERNET_SIZE,
     ICMP,
@@ -246,13 +246,6 @@ class Burst:
         store32(at + KIND + 4 * j, load32(at + KIND + 4 * i))
         store32(at + VERDICT + 4 * j, 0)
         store32(at + NEXT_HOP + 4 * j, load32(at + NEXT_HOP + 4 * i))
-
-    def settled(self) -> int:
-        """Not 0 if any packet has a verdict: one pass over a column, which the compiler vectorises."""
-        any_verdict, at = 0, self.at + VERDICT
-        for i in range(self.count):
-            any_verdict |= load32_in(at, 4 * i)
-        return any_verdict
 
 
 class BurstMemory:
