@@ -6,15 +6,14 @@ from typing import Any
 
 from libfp.engine.loop import begin
 from libfp.jit import (
+    bswap32,
     clock,
     kernel,
-    load8,
-    load16,
     load16be,
     load32,
-    load32be,
     load64,
     prefetch,
+    shr64,
     store8,
     store16,
     store16be,
@@ -24,9 +23,9 @@ from libfp.jit import (
     store_release32,
 )
 from libfp.packet.burst import FRAME, LENGTH
-from libfp.packet.checksum import checksum, ipv4_checksum_ok
+from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.ports.rings import COMPLETION, CONSUMER, OWN, TX
-from libfp.stages.routes import ACTION_FORWARD, HOP_SIZE, is_marked
+from libfp.stages.routes import HOP_SIZE, is_unusual
 
 SIZE = 60  # the least Ethernet frame, without its checksum
 
@@ -94,11 +93,13 @@ def stages_round(pipeline: Any) -> Any:
 
 
 @kernel
-def flat_chunk(fib, hops, capacity, local, hits, epoch, base, frames, descs, out, scratch):  # type: ignore[no-untyped-def]
+def flat_chunk(routes, base, frames, descs, out, scratch):  # type: ignore[no-untyped-def]
     """Forward all frames: descriptors (offset, length) of port p go to its list of 16-byte entries in `out`.
 
     `out`: packets forwarded, dropped, bytes; then scratch columns, then the lists.
     """
+    fib, sources, hops, capacity = routes.fib, routes.sources, routes.hops, routes.capacity
+    hits, epoch = routes.hits, routes.epoch
     keys, results, live = scratch, scratch + 256, scratch + 512
     for first in range(0, frames, 64):
         for i in range(64):
@@ -108,55 +109,47 @@ def flat_chunk(fib, hops, capacity, local, hits, epoch, base, frames, descs, out
             desc = descs + 16 * (first + i)
             frame, length = load64(desc), load32(desc + 8)
             at = base + frame
-            if load32(at + 12) & 0x00FFFFFF != 0x00450008:
-                store64(out + 8, load64(out + 8) + 1)
-                continue
+            low, high, last = load64(at + 14), load64(at + 22), load32(at + 30)
             total = load16be(at + 16)
-            if total < 20 or 14 + total > length:
+            if (
+                load32(at + 12) & 0x00FFFFFF != 0x00450008
+                or total < 20
+                or 14 + total > length
+                or not is_ipv4_sum(low, high, last)
+                or high & 0xFF < 2
+                or is_unusual(sources, shr64(high, 32), last) != 0
+            ):
                 store64(out + 8, load64(out + 8) + 1)
                 continue
-            if not ipv4_checksum_ok(at + 14):
-                store64(out + 8, load64(out + 8) + 1)
-                continue
-            destination, source = load32be(at + 30), load32be(at + 26)
-            high, low = destination >> 24, source >> 24
-            special = high == 0 or high == 127 or high >= 224 or low == 0 or low == 127 or low >= 224
-            if load8(at + 22) <= 1 or special:
-                store64(out + 8, load64(out + 8) + 1)
-                continue
+            destination = bswap32(last)
+            fib.prefetch(destination)
             store32(keys + 4 * n, destination)
             store64(live + 16 * n, frame)
             store64(live + 16 * n + 8, length)
             n += 1
-        fib.lookup_burst(keys, results, n)
         for i in range(n):
-            prefetch(hops + HOP_SIZE * load32(results + 4 * i))
+            store32(results + 4 * i, fib.seek(load32(keys + 4 * i)))
+        for i in range(n):
+            hop = fib.value_at(load32(results + 4 * i), load32(keys + 4 * i))
+            prefetch(hops + HOP_SIZE * hop)
+            store32(results + 4 * i, hop)
         for i in range(n):
             hop = load32(results + 4 * i)
             entry = hops + HOP_SIZE * hop
-            what = load64(entry)
-            frame = load64(live + 16 * i)
-            at = base + frame
-            if (
-                is_marked(local, load32be(at + 26))
-                or hop >= capacity
-                or what & 0xFF != ACTION_FORWARD
-                or load16be(at + 16) > what >> 24 & 0xFFFFFF
-            ):
+            frame, length = load64(live + 16 * i), load64(live + 16 * i + 8)
+            if hop >= capacity or length > load64(entry + 24):
                 store64(out + 8, load64(out + 8) + 1)
                 continue
+            at, last = base + frame, load64(entry + 16)
+            word = load32(at + 22) + 0xFFFF
             store64(at, load64(entry + 8))
-            store32(at + 8, load64(entry + 16))
-            checked = load16(at + 24) + 1
-            store16(at + 24, checked + (checked + 1 >> 16))
-            store8(at + 22, load8(at + 22) - 1)
-            if load32(hits + 4 * hop) != epoch:
-                store32(hits + 4 * hop, epoch)
-            port = what >> 8 & 1
+            store32(at + 8, last)
+            store32(at + 22, word + (word + 0x10000 >> 32 << 16))
+            store32(hits + 4 * hop, epoch)
+            port = shr64(last, 32) & 1
             count = load64(out + 32 + 8 * port)
             desc = out + 4096 + 16384 * port + (count & 1023) * 16
             store64(desc, frame)
-            length = load64(live + 16 * i + 8)
             store64(desc + 8, length)
             store64(out + 32 + 8 * port, count + 1)
             store64(out + 16, load64(out + 16) + length)
@@ -172,19 +165,7 @@ def flat_round(view, base, frames, stride, descs, keys, chunks, out):  # type: i
         renew(base, frames, stride, keys + 4 * frames * number)
         start = clock()
         scratch = out + 1024
-        flat_chunk(
-            view.fib,
-            view.hops,
-            view.capacity,
-            view.local_bits,
-            view.hits,
-            view.epoch,
-            base,
-            frames,
-            descs,
-            out,
-            scratch,
-        )
+        flat_chunk(view, base, frames, descs, out, scratch)
         ticks += clock() - start
     store64(out, load64(out + 32) + load64(out + 40))
     return ticks

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import BadInput, TableFull
-from libfp.jit import load32, load64, native, popcount64, prefetch, shl64, store32, word
+from libfp.jit import load32, load64, native, popcount64, prefetch, shl64, store32, unlikely, word
 from libfp.tables import lpm4_update as update
 from libfp.tables import rib
 from libfp.tables.lpm4_slot import BLOCKS, SCRATCH, SCRATCH_BYTES, STACK
@@ -62,27 +62,36 @@ class Lpm4View:
             rank += popcount64(load64(base + at + 8 * i))
         return at + 28 + 4 * rank
 
+    def prefetch(self, key):  # type: ignore[no-untyped-def]
+        """Ask for the memory that `seek` reads."""
+        prefetch(load64(self.cell) + _SLOTS + (key >> 14) * 16)
+
+    def seek(self, key):  # type: ignore[no-untyped-def]
+        """The first step of `lookup`: a number for `value_at`, whose memory it asks for. The key has 32 bits."""
+        base = load64(self.cell)
+        slot = base + _SLOTS + (key >> 14) * 16
+        at = load64(slot + 8) + 4 * popcount64(shl64(load64(slot), ~(key >> 8)))
+        prefetch(base + at)
+        return at
+
+    def value_at(self, at, key):  # type: ignore[no-untyped-def]
+        """The second step: what `lookup` of `key` returns, `at` being what `seek` returned."""
+        base = load64(self.cell)
+        if unlikely(at & 1):
+            return self.lookup(key)
+        value = load32(base + at)
+        return value if value else load32(base)
+
     def lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
         """`lookup` of `count` addresses (u32, host order) at `keys`; the values (u32) go to `results`."""
-        base = load64(self.cell)
         for i in range(min(count, _SPREAD)):
-            prefetch(base + _SLOTS + (load32(keys + 4 * i) >> 14) * 16)
+            self.prefetch(load32(keys + 4 * i))
         for i in range(count):
             if i + _SPREAD < count:
-                prefetch(base + _SLOTS + (load32(keys + 4 * (i + _SPREAD)) >> 14) * 16)
-            key = load32(keys + 4 * i)
-            slot = base + _SLOTS + (key >> 14) * 16
-            at = load64(slot + 8) + 4 * popcount64(shl64(load64(slot), ~(key >> 8)))
-            prefetch(base + at)
-            store32(results + 4 * i, at)
-        default = load32(base)
+                self.prefetch(load32(keys + 4 * (i + _SPREAD)))
+            store32(results + 4 * i, self.seek(load32(keys + 4 * i)))
         for i in range(count):
-            at = load32(results + 4 * i)
-            if at & 1:
-                store32(results + 4 * i, self.lookup(load32(keys + 4 * i)))
-            else:
-                value = load32(base + at)
-                store32(results + 4 * i, value if value else default)
+            store32(results + 4 * i, self.value_at(load32(results + 4 * i), load32(keys + 4 * i)))
 
 
 class Lpm4(Table, MutableMapping[Any, int]):

@@ -19,7 +19,7 @@ from libfp.engine.context import (
 )
 from libfp.engine.punt import PuntSlots
 from libfp.engine.reasons import number_of, take_token
-from libfp.jit import ctz64, kernel, load32, load32_in, load64, popcount64, shl64, store32, store64
+from libfp.jit import kernel, load32, load64, load64_in, shr64, store32, store64, unlikely
 from libfp.packet.burst import FRAME, LENGTH, NEXT_HOP, VERDICT, Burst
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
 from libfp.ports.rings import COUNTERS, COUNTERS_SIZE, TX_FULL
@@ -27,8 +27,6 @@ from libfp.ports.rings import COUNTERS, COUNTERS_SIZE, TX_FULL
 # The record: what a trace sees. Count and capacity, then 32 bytes a packet: frame, length, verdict, ports, next hop.
 RECORD_ENTRY = 32
 
-_FORWARDED = FORWARD << KIND_SHIFT
-_FEW = 4  # ports of one burst that are served one after the other
 _PUNT_RATE = (DROP << KIND_SHIFT) + reason_code("punt-rate")
 _PUNT_FULL = (DROP << KIND_SHIFT) + reason_code("punt-ring-full")
 _BAD_PORT = (DROP << KIND_SHIFT) + reason_code("bad-port")
@@ -39,18 +37,33 @@ _UNDECIDED = (PUNT << KIND_SHIFT) + reason_code("undecided")
 @kernel
 def settle(context: Context, burst: Burst) -> None:
     """Carry out the verdicts of `burst`; leave it with its live packets, in order."""
-    settled, other = 0, 0
-    for i in range(burst.count):
-        verdict = load32_in(burst.at, VERDICT + 4 * i)
-        settled |= verdict
-        other |= verdict ^ _FORWARDED
-    if settled == 0:
-        return
-    if other <= PORT_MASK and _send_all(context, burst):
+    at, n = burst.at, burst.count
+    settled, common = 0, -1
+    for i in range(n >> 1):  # two verdicts at a time
+        both = load64_in(at, VERDICT + 8 * i)
+        settled |= both
+        common &= both
+    if n & 1:
+        last = load32(at + VERDICT + 4 * n - 4)
+        settled |= last
+        common &= last | last << 32
+    if settled != 0:
+        _carry_out(context, burst, (settled | shr64(settled, 32)) & 0xFFFFFFFF, common & shr64(common, 32))
+
+
+@kernel
+def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> None:
+    """`settle`, given all verdicts together by or and by and."""
+    at, n = burst.at, burst.count
+    record = load64(context.at + RECORD)
+    if common >> KIND_SHIFT == FORWARD and settled >> KIND_SHIFT == FORWARD and record == 0:
+        ports = settled ^ common
+        if ports & ports - 1 != 0 or not _send_by_two(context, burst, common, settled):
+            _send_all(context, burst)
         burst.count = 0
         return
-    at, kept, n = burst.at, 0, burst.count
-    ports, record = load64(context.at + PORT_COUNT), load64(context.at + RECORD)
+    kept = 0
+    ports = context.port_count
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
         if verdict == LIVE:
@@ -70,30 +83,51 @@ def settle(context: Context, burst: Burst) -> None:
 
 
 @kernel
-def _send_all(context: Context, burst: Burst) -> bool:
-    """The usual case, without a branch a packet: every packet goes out, by few ports that have room for all."""
-    used, last, n = 0, 0, burst.count
-    for i in range(n):
-        port = load32_in(burst.at, VERDICT + 4 * i) & PORT_MASK
-        used |= shl64(1, port)
-        last = max(last, port)
-    if last >= min(context.port_count, 64) or popcount64(used) > _FEW or load64(context.at + RECORD) != 0:
+def _send_by_two(context: Context, burst: Burst, first: int, second: int) -> bool:
+    """Send all packets of a burst that has these two verdicts (or one) alone, if both ports have room; no branch."""
+    n, a, b = burst.count, first & PORT_MASK, second & PORT_MASK
+    if b >= context.port_count or not context.rings(a).may_put(n) or not context.rings(b).may_put(n):
         return False
-    rest = used
-    while rest != 0:
-        if context.rings(ctz64(rest)).room() <= n:  # one more than needed: see `put_those`
-            return False
-        rest &= rest - 1
-    while used != 0:
-        port = ctz64(used)
-        context.rings(port).put_those(burst, _FORWARDED + port)
-        used &= used - 1
+    one, two = context.rings(a).slot(), context.rings(b).slot()
+    start, bytes_one, bytes_two = two, 0, 0
+    words, frames = burst.at, burst.at + FRAME  # one step on with each packet: LLVM keeps these two in registers
+    for _ in range(n):
+        length, moved = load32(words + LENGTH), int(load32(words + VERDICT) != first)
+        desc = two if moved else one
+        store64(desc, load64(frames))
+        store64(desc + 8, length)
+        two += 16 * moved
+        one += 16 - 16 * moved
+        bytes_one += length
+        bytes_two += length & -moved
+        words += 4
+        frames += 8
+    moved = (two - start) >> 4
+    context.rings(a).have_put(n - moved, bytes_one - bytes_two)
+    context.rings(b).have_put(moved, bytes_two)
     return True
+
+
+@kernel
+def _send_all(context: Context, burst: Burst) -> None:
+    """Send all packets, each by its port."""
+    at, ports = burst.at, context.port_count
+    for i in range(burst.count):
+        frame, length = load64(at + FRAME + 8 * i), load32(at + LENGTH + 4 * i)
+        port = load32(at + VERDICT + 4 * i) & PORT_MASK
+        if unlikely(port >= ports) or unlikely(not context.rings(port).send(frame, length)):
+            _not_sent(context, frame, port)
 
 
 @kernel
 def finish(context: Context, burst: Burst) -> None:
     """Hand what no stage decided to Linux."""
+    if burst.count != 0:
+        _leave_to_linux(context, burst)
+
+
+@kernel
+def _leave_to_linux(context: Context, burst: Burst) -> None:
     record = load64(context.at + RECORD)
     for i in range(burst.count):
         if record != 0:

@@ -140,19 +140,19 @@ def load64be(address: int) -> int:
     return signed64(_read(address, 8, "big"))
 
 
-def _emit_load32_in(context: Any, builder: Any, base: Any, offset: Any) -> Any:
+def _emit_load64_in(context: Any, builder: Any, base: Any, offset: Any) -> Any:
     if BOUNDSCHECK:
-        guard(context, builder, builder.add(base, offset), ir.Constant(I64, 4))
+        guard(context, builder, builder.add(base, offset), ir.Constant(I64, 8))
     at = builder.gep(builder.inttoptr(base, I8.as_pointer()), [offset], source_etype=I8)
-    load = builder.load(builder.bitcast(at, I32.as_pointer()))
+    load = builder.load(builder.bitcast(at, I64.as_pointer()))
     load.align = 1
-    return builder.zext(load, I64)
+    return load
 
 
-@primitive(_emit_load32_in)
-def load32_in(base: int, offset: int) -> int:
-    """``load32(base + offset)``, said so that a loop over `offset` with a fixed `base` becomes vector loads."""
-    return _read(base + offset, 4)
+@primitive(_emit_load64_in)
+def load64_in(base: int, offset: int) -> int:
+    """``load64(base + offset)``, said so that a loop over `offset` with a fixed `base` becomes vector loads."""
+    return signed64(_read(base + offset, 8))
 
 
 @_storer(I8)

@@ -24,7 +24,7 @@ from libfp.jit import (
     ult64,
     word,
 )
-from libfp.packet.burst import BURST, FRAME, LENGTH, VERDICT, Burst
+from libfp.packet.burst import FRAME, LENGTH, Burst
 
 # Byte offsets in a port's block, one cache line for each ring. Rings: producer, consumer, flags and descriptor
 # addresses, mask, own index, cached index of the other side (for tx the index up to which there is room), and for tx
@@ -143,34 +143,24 @@ class PortRings:
         store64(counters + TX_BYTES, load64(counters + TX_BYTES) + length)
         return True
 
-    def room(self) -> int:
-        """How many packets `send` would take now, at least 64 if there is room for that many."""
+    def may_put(self, n: int) -> bool:
+        """Whether the next `n` entries from `slot` on are free and lie side by side."""
         at = self.at
-        own = load64(at + TX + OWN)
-        room = u32(load64(at + TX + CACHED) - own)
-        if room <= BURST:
+        own, mask = load64(at + TX + OWN), load64(at + TX + MASK)
+        if u32(load64(at + TX + CACHED) - own) < n:
             self.find_room(own)
-            room = u32(load64(at + TX + CACHED) - own)
-        return room
+        return u32(load64(at + TX + CACHED) - own) >= n and (own & mask) + n <= mask + 1
 
-    def put_those(self, burst: Burst, verdict: int) -> None:
-        """`send` for each packet of the burst whose verdict, by this port, is `verdict`. The caller asked for `room`.
+    def slot(self) -> int:
+        """Where the next entry of `tx` lies: 8 bytes of frame offset, 4 of length, 4 of options (0)."""
+        return load64(self.at + TX + DESCS) + (load64(self.at + TX + OWN) & load64(self.at + TX + MASK)) * 16
 
-        Every packet is written to the next slot, and the slot is kept if the packet was meant: no branch to mispredict.
-        """
-        at, columns = self.at, burst.at
-        own, descs, mask = load64(at + TX + OWN), load64(at + TX + DESCS), load64(at + TX + MASK)
-        total = 0
-        for i in range(burst.count):
-            desc, length = descs + (own & mask) * 16, load32(columns + LENGTH + 4 * i)
-            meant = int(load32(columns + VERDICT + 4 * i) == verdict)
-            store64(desc, load64(columns + FRAME + 8 * i))
-            store64(desc + 8, length)
-            own += meant
-            total += length * meant
-        store64(at + TX + OWN, u32(own))
+    def have_put(self, n: int, length: int) -> None:
+        """`n` packets of `length` bytes together have been written from `slot` on; to be published with `publish`."""
+        at = self.at
+        store64(at + TX + OWN, u32(load64(at + TX + OWN) + n))
         counters = load64(at + COUNTERS)
-        store64(counters + TX_BYTES, load64(counters + TX_BYTES) + total)
+        store64(counters + TX_BYTES, load64(counters + TX_BYTES) + length)
 
     def find_room(self, own: int) -> bool:
         """Look how far `tx` may be filled, and keep that index in its CACHED word."""

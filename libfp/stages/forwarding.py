@@ -17,7 +17,7 @@ from libfp.jit import (
     ult64,
     unlikely,
 )
-from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, NEXT_HOP, VERDICT, Burst
+from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, LENGTH, NEXT_HOP, VERDICT, Burst
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
@@ -31,7 +31,7 @@ from libfp.stages.routes import (
     PORT_RPF_LOOSE,
     PORT_RPF_STRICT,
     RoutesView,
-    is_marked,
+    is_unusual,
 )
 
 _IP = ETHERNET_SIZE
@@ -47,8 +47,7 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     hop, no route, no neighbour yet, routes that only Linux can follow. Linux sends the ICMP errors.
     """
     at, n, base = burst.at, burst.count, burst.base
-    checks, local = routes.checks(burst.port), routes.local_bits
-    ask_sources = int(checks & CHECK_SOURCES != 0)
+    checks, sources = routes.checks(burst.port), routes.sources
     for i in range(n):
         if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
             check_other(burst, i)
@@ -58,51 +57,53 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         if unlikely(not is_ipv4_sum(low, high, last)):
             burst.drop(i, "ipv4-checksum")
             continue
-        source = bswap32(shr64(high, 32))
-        store32(at + KEY + 4 * i, bswap32(last))
-        ttl_ends = (high & 0xFF) < 2
-        unusual = is_special(last & 0xFF) | is_special(source >> 24) | is_marked(local, source)
-        if unlikely(ttl_ends | unusual | ask_sources != 0):
-            check_unusual(burst, i, routes, bswap32(last), source, high & 0xFF, checks)
-    routes.fib.lookup_burst(at + KEY, at + NEXT_HOP, n)
-    hops, most, port_in = routes.hops, routes.capacity - 1, burst.port
+        destination = bswap32(last)
+        routes.fib.prefetch(destination)
+        store32(at + KEY + 4 * i, destination)
+        unusual = is_unusual(sources, shr64(high, 32), last) | checks & CHECK_SOURCES
+        if unlikely(unusual != 0) or unlikely((high & 0xFF) < 2):
+            check_unusual(burst, i, routes, destination, bswap32(shr64(high, 32)), high & 0xFF, checks)
     for i in range(n):
-        prefetch(hops + HOP_SIZE * load32(at + NEXT_HOP + 4 * i))
-    hits, epoch = routes.hits, routes.epoch
+        store32(at + NEXT_HOP + 4 * i, routes.fib.seek(load32(at + KEY + 4 * i)))
+    hops, most, hits, epoch = routes.hops, routes.capacity, routes.hits, routes.epoch
+    back = (FORWARD << KIND_SHIFT) + burst.port if checks & PORT_REDIRECTS != 0 else -1
+    for i in range(n):
+        hop = routes.fib.value_at(load32(at + NEXT_HOP + 4 * i), load32(at + KEY + 4 * i))
+        if unlikely(ult64(hop, most) == 0):
+            hop = 0  # no such next hop: as if there were no route
+        prefetch(hops + HOP_SIZE * hop)
+        store32(at + NEXT_HOP + 4 * i, hop)
     for i in range(n):
         if unlikely(load32(at + VERDICT + 4 * i) != 0):
             continue
         hop = load32(at + NEXT_HOP + 4 * i)
-        if unlikely(ult64(hop - 1, most) == 0):
-            burst.punt(i, "no-route")
-            continue
         entry = hops + HOP_SIZE * hop
-        what, last = load64(entry), load64(entry + 16)
-        if unlikely(what & 0xFF != ACTION_FORWARD):
-            burst.packet(i).settle(shr64(last, 32))
-            continue
         data = base + load64(at + FRAME + 8 * i)
-        port = what >> 8 & 0xFFFF
-        if unlikely(load16be(data + _IP + 2) > what >> 24):
-            burst.punt(i, "fragment-needed")
+        last = load64(entry + 16)
+        verdict = shr64(last, 32)
+        if unlikely(load32(at + LENGTH + 4 * i) > load64(entry + 24)) and stays(burst, i, load64(entry), verdict):
             continue
-        if checks & PORT_REDIRECTS != 0 and port == port_in:  # in this order: the port is anybody's guess
+        if unlikely(verdict == back):
             burst.punt(i, "redirect")
             continue
-        word = load32(data + _IP + 8)  # TTL, protocol, checksum
-        checked = (word >> 16) + 1  # RFC 1141: the TTL is the first byte of its 16-bit word
+        word = load32(data + _IP + 8) + 0xFFFF  # TTL - 1, checksum + 1 (RFC 1141): TTL, protocol, checksum
         store64(data, load64(entry + 8))
         store32(data + 8, last)
-        store32(data + _IP + 8, (word & 0xFFFF) - 1 | (checked + (checked + 1 >> 16)) << 16)  # never -0: RFC 1624
-        if unlikely(load32(hits + 4 * hop) != epoch):
-            store32(hits + 4 * hop, epoch)
-        store32(at + VERDICT + 4 * i, (FORWARD << KIND_SHIFT) + port)
+        store32(data + _IP + 8, word + (word + 0x10000 >> 32 << 16))  # the carry; and never -0: RFC 1624
+        store32(hits + 4 * hop, epoch)
+        store32(at + VERDICT + 4 * i, verdict)
 
 
 @kernel
-def is_special(first: int) -> bool:
-    """Whether that first byte of an address means 0/8, 127/8, or 224/4 and above: no plain unicast address."""
-    return ((first - 1) & 0xFF >= 223) | (first == 127)
+def stays(burst: Burst, i: int, what: int, verdict: int) -> bool:
+    """Settle what is not sent, or not as it is, by the next hop whose first word and verdict these are."""
+    if what & 0xFF != ACTION_FORWARD:
+        burst.settle(i, verdict)
+    elif load16be(burst.data(i) + _IP + 2) > what >> 24:
+        burst.punt(i, "fragment-needed")
+    else:
+        return False  # a frame that is longer than its packet
+    return True
 
 
 @kernel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store32, unlikely
+from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store32, ult64, unlikely
 from libfp.packet.burst import FRAME, KIND, KIND_IPV4, KIND_IPV4_OPTIONS, LENGTH, Burst
 from libfp.packet.headers import ETHERNET_SIZE
 
@@ -31,8 +31,8 @@ def parse(burst: Burst) -> None:
         at = base + load64(columns + FRAME + 8 * i)
         word = load64(at + 12)  # type, version and header length, TOS, total length
         total = bswap16(shr64(word, 32))
-        plain = (word & 0x00FF_FFFF == _PLAIN) & (total >= 20) & (ETHERNET_SIZE + total <= length)
-        if unlikely(not plain):
+        # 20 <= total <= length - 14, in one comparison
+        if unlikely(word & 0x00FF_FFFF != _PLAIN) or unlikely(ult64(total - 20, length - _IPV4_MIN + 1) == 0):
             look_closer(burst, i, at, total, length)
             continue
         store32(columns + KIND + 4 * i, KIND_IPV4)

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import BadInput, TableFull
-from libfp.jit import Arena, entry, kernel, load8, load64, native, store64, word
-from libfp.packet.verdict import DROP, KIND_SHIFT, PUNT, reason_code
+from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, store64, word
+from libfp.packet.headers import ETHERNET_SIZE
+from libfp.packet.verdict import DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
 from libfp.tables.lpm4 import Lpm4, Lpm4View
 from libfp.tables.table import Table
 from libfp.tables.words import Words, put, seal
@@ -35,10 +36,16 @@ CHECK_SOURCES = PORT_RPF_STRICT | PORT_RPF_LOOSE
 MAX_PORTS = 256
 
 # Word offsets in the table of next hops. An entry is four words: action, port << 8, MTU << 24 and flags << 48; the
-# first eight bytes of the Ethernet header; its next four, with the verdict << 32; nothing.
-_PORT_FLAGS, _LOCAL_BITS, _HOPS = 8, 264, 512
-_LOCAL_WORDS = 64
+# first eight bytes of the Ethernet header; its next four, with the verdict << 32; the longest frame that surely fits,
+# 0 where nothing is sent. Entry 0 is where packets without a route end.
+_PORT_FLAGS, _SOURCES, _HOPS = 8, 264, 1024
 HOP_SIZE = 32
+
+# The filter that tells usual addresses: one byte for each value of an address's first byte, 1 where it is in 0/8, 127/8
+# or 224/3; then one byte for each hash of an address, 1 where an address of this host has it.
+_FIRST_BYTES = 256
+_HASHES = 2048
+_FILTER_WORDS = (_FIRST_BYTES + _HASHES) // 8
 
 #: Reasons that routes give.
 REASONS = (
@@ -90,14 +97,15 @@ def _write_word(block, offset, value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _hash(address: int) -> int:
-    return (address * 0x9E3779B1 & 0xFFFFFFFF) >> 20
+    """Of an address as it lies in a packet, loaded in the machine's order."""
+    return (address * 0x9E3779B1 & 0xFFFFFFFF) >> 21
 
 
 @kernel
-def is_marked(filter_at: int, address: int) -> bool:
-    """False if `address` is surely not in the filter; a Bloom filter of one hash and 4,096 bits."""
-    bit = _hash(address)
-    return load8(filter_at + (bit >> 3)) >> (bit & 7) & 1 != 0
+def is_unusual(filter_at: int, source: int, destination: int) -> int:
+    """0 if both are plain unicast addresses and `source` surely none of this host's. As they lie in the packet."""
+    found = load8(filter_at + (source & 0xFF)) | load8(filter_at + (destination & 0xFF))
+    return found | load8(filter_at + _FIRST_BYTES + _hash(source))
 
 
 class NextHops(Table):
@@ -107,6 +115,9 @@ class NextHops(Table):
         self.capacity = capacity
         size = _HOPS + HOP_SIZE // 8 * capacity
         super().__init__(Words(size, size))
+        _write(self._words.block, _HOPS, *_encode(Punt("no-route")))
+        self._filter = np.zeros(_FILTER_WORDS, np.int64)
+        self.set_local_hashes(())
         self.actions: dict[int, Action] = {}
         self._next, self._free = 1, list[int]()
         self.epoch = Arena(64)
@@ -168,6 +179,18 @@ class NextHops(Table):
             store64(self.epoch.address, epoch + 1)
             return found
 
+    def set_local_hashes(self, hashes: Iterable[int]) -> None:
+        """Which hashes of sources may be addresses of this host."""
+        marks = np.zeros(_FIRST_BYTES + _HASHES, np.uint8)
+        marks[[0, 127, *range(224, 256)]] = 1
+        marks[[_FIRST_BYTES + value for value in hashes]] = 1
+        words = marks.view(np.int64)
+        with self.lock:
+            for offset in np.flatnonzero(words != self._filter).tolist():
+                _write_word(self._words.block, _SOURCES + offset, int(words[offset]))
+            self._filter = words
+            self.commit()
+
     def set_word(self, offset: int, value: int) -> None:
         """Change one word of the head of the table."""
         with self.lock:
@@ -183,7 +206,8 @@ def _encode(action: Action) -> tuple[int, int, int, int]:
             raise BadInput(f"{action}: ports are 0 to {MAX_PORTS - 1}, MTUs 68 to 65535")
         header = action.dst + action.src
         what = ACTION_FORWARD | action.port << 8 | action.mtu << 24
-        return what, _signed(header[:8]), int.from_bytes(header[8:], "little"), 0
+        last = int.from_bytes(header[8:], "little") | ((FORWARD << KIND_SHIFT) + action.port) << 32
+        return what, _signed(header[:8]), last, action.mtu + ETHERNET_SIZE
     kind = PUNT if isinstance(action, Punt) else DROP
     local = LOCAL if action == Punt("local") else 0
     verdict = (kind << KIND_SHIFT) + reason_code(action.reason)
@@ -233,9 +257,9 @@ class RoutesView:
         return load64(load64(self.next_hops.cell) + 8 * (_PORT_FLAGS + port))
 
     @property
-    def local_bits(self) -> int:
-        """Address of the filter of this host's own addresses, for `is_marked`."""
-        return load64(self.next_hops.cell) + 8 * _LOCAL_BITS
+    def sources(self) -> int:
+        """Address of the filter for `is_unusual`."""
+        return load64(self.next_hops.cell) + 8 * _SOURCES
 
 
 class Routes:
@@ -276,16 +300,10 @@ class Routes:
 
         Only a filter: the address must also have a route to ``Punt("local")``.
         """
-        bits = np.zeros(64 * _LOCAL_WORDS, np.uint8)
+        hashes = set[int]()
         for address, length in prefixes:
-            if length < 32:
-                bits[:] = 1
-            else:
-                bits[_hash(address)] = 1
-        words = np.packbits(bits, bitorder="little").view(np.int64)
-        with self.next_hops.batch():
-            for offset, value in enumerate(words.tolist()):
-                self.next_hops.set_word(_LOCAL_BITS + offset, value)
+            hashes.update([_hash(bswap32(address))] if length == 32 else range(_HASHES))
+        self.next_hops.set_local_hashes(hashes)
 
     def stage_tables(self) -> tuple[Table, ...]:
         """See `libfp.engine.decorator.Bindable`."""
