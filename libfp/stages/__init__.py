@@ -2,6 +2,6 @@
 
 from libfp.stages.forwarding import forward
 from libfp.stages.parsing import parse
-from libfp.stages.routes import Drop, Forward, NextHops, Punt, Routes
+from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes
 
-__all__ = ["Drop", "Forward", "NextHops", "Punt", "Routes", "forward", "parse"]
+__all__ = ["Drop", "Forward", "Multipath", "NextHops", "Punt", "Routes", "forward", "parse"]

@@ -21,8 +21,10 @@ from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, LENGTH, NEXT_HOP, VE
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
+from libfp.stages.multipath import path_of
 from libfp.stages.routes import (
     ACTION_FORWARD,
+    ACTION_MULTIPATH,
     CHECK_SOURCES,
     HOP_SIZE,
     LOCAL,
@@ -81,8 +83,13 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         data = base + load64(at + FRAME + 8 * i)
         last = load64(entry + 16)
         verdict = shr64(last, 32)
-        if unlikely(load32(at + LENGTH + 4 * i) > load64(entry + 24)) and stays(burst, i, load64(entry), verdict):
-            continue
+        if unlikely(load32(at + LENGTH + 4 * i) > load64(entry + 24)):
+            hop = look_closer(burst, i, routes, hop)
+            if hop == 0:
+                continue
+            entry = hops + HOP_SIZE * hop
+            last = load64(entry + 16)
+            verdict = shr64(last, 32)
         if unlikely(verdict == back):
             burst.punt(i, "redirect")
             continue
@@ -95,15 +102,23 @@ def forward(burst: Burst, routes: RoutesView) -> None:
 
 
 @kernel
-def stays(burst: Burst, i: int, what: int, verdict: int) -> bool:
-    """Settle what is not sent, or not as it is, by the next hop whose first word and verdict these are."""
+def look_closer(burst: Burst, i: int, routes: RoutesView, hop: int) -> int:
+    """The next hop of a packet whose own does not simply send it: a path of a multipath route, or 0: it is settled."""
+    entry = routes.hops + HOP_SIZE * hop
+    if load64(entry) & 0xFF == ACTION_MULTIPATH:
+        hop = path_of(burst, i, routes, load64(entry + 8))
+        if ult64(hop, routes.capacity) == 0:
+            hop = 0
+        store32(burst.at + NEXT_HOP + 4 * i, hop)
+        entry = routes.hops + HOP_SIZE * hop
+    what = load64(entry)
     if what & 0xFF != ACTION_FORWARD:
-        burst.settle(i, verdict)
+        burst.settle(i, shr64(load64(entry + 16), 32))
     elif load16be(burst.data(i) + _IP + 2) > what >> 24:
         burst.punt(i, "fragment-needed")
     else:
-        return False  # a frame that is longer than its packet
-    return True
+        return hop  # a frame that is longer than its packet
+    return 0
 
 
 @kernel
@@ -153,7 +168,8 @@ def source_is_valid(burst: Burst, i: int, routes: RoutesView, source: int, check
     Where the way back is not plain (no neighbour yet, another device) Linux is left to decide.
     """
     hop = routes.fib.lookup(source)
-    what = load64(routes.hops + HOP_SIZE * hop) if hop < routes.capacity else 0
+    entry = routes.hops + HOP_SIZE * hop if hop < routes.capacity else routes.hops
+    what = load64(entry)
     if what & LOCAL != 0 and checks & PORT_ACCEPT_LOCAL == 0:
         burst.drop(i, "martian-source")
         return False
@@ -161,5 +177,9 @@ def source_is_valid(burst: Burst, i: int, routes: RoutesView, source: int, check
         return True
     if what & 0xFF == ACTION_FORWARD and (checks & PORT_RPF_STRICT == 0 or what >> 8 & 0xFFFF == burst.port):
         return True
+    if what & 0xFF == ACTION_MULTIPATH:
+        ports = load64(entry + 16)
+        if ports != 0 and (checks & PORT_RPF_STRICT == 0 or (burst.port < 64 and shr64(ports, burst.port) & 1 != 0)):
+            return True
     burst.punt(i, "rp-filter")
     return False

@@ -13,8 +13,9 @@ after them.
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,9 @@ from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
 from libfp.tables.lpm4 import Lpm4, Lpm4View
 from libfp.tables.table import Table
-from libfp.tables.words import Words, put, seal
+from libfp.tables.words import Words, get, put, seal
 
-ACTION_NONE, ACTION_FORWARD, ACTION_SETTLE = 0, 1, 2
+ACTION_NONE, ACTION_FORWARD, ACTION_SETTLE, ACTION_MULTIPATH = range(4)
 LOCAL = 1 << 48  # in the first word of an entry that punts: this host's own address
 
 PORT_RPF_STRICT, PORT_RPF_LOOSE, PORT_REDIRECTS, PORT_ACCEPT_LOCAL = 1, 2, 4, 8
@@ -37,9 +38,15 @@ MAX_PORTS = 256
 
 # Word offsets in the table of next hops. An entry is four words: action, port << 8, MTU << 24 and flags << 48; the
 # first eight bytes of the Ethernet header; its next four, with the verdict << 32; the longest frame that surely fits,
-# 0 where nothing is sent. Entry 0 is where packets without a route end.
-_PORT_FLAGS, _SOURCES, _HOPS = 8, 264, 1024
+# 0 where nothing is sent. Entry 0 is where packets without a route end. A multipath entry holds in its second word the
+# number of the entry where its buckets begin, `BUCKETS` indexes of 32 bits; in its third the ports it leaves by.
+_PORT_FLAGS, _SOURCES, _HASHING, _HOPS = 8, 264, 560, 1024
 HOP_SIZE = 32
+BUCKETS = 256  # so a path's share is right to 0.4 %
+_RUN = 4 * BUCKETS // HOP_SIZE  # entries that hold a group's buckets
+
+# What a flow is for multipath routes, as the kernel's fib_multipath_hash_fields has it (its L3 and L4 policies, too).
+FIELD_SRC, FIELD_DST, FIELD_PROTOCOL, FIELD_LABEL, FIELD_SPORT, FIELD_DPORT = 1, 2, 4, 8, 16, 32
 
 # The filter that tells usual addresses: one byte for each value of an address's first byte, 1 where it is in 0/8, 127/8
 # or 224/3; then one byte for each hash of an address, 1 where an address of this host has it.
@@ -77,7 +84,17 @@ class Drop:
     reason: str
 
 
-Action = Forward | Punt | Drop
+@dataclass(frozen=True)
+class Multipath:
+    """Spread flows over other next hops, (index, weight) each; RFC 2992 calls it hash-based ECMP.
+
+    When the paths change, only flows move that must: those of a path that went away, or as many as a new one is due.
+    """
+
+    paths: tuple[tuple[int, int], ...]
+
+
+Action = Forward | Punt | Drop | Multipath
 
 
 @entry
@@ -87,6 +104,15 @@ def _write(block, offset, a, b, c, d):  # type: ignore[no-untyped-def]
     put(block, offset + 2, c)
     put(block, offset + 3, d)
     seal(block)
+
+
+@entry
+def _write_buckets(block, offset, buckets):  # type: ignore[no-untyped-def]
+    for i in range(BUCKETS // 2):
+        both = load64(buckets + 8 * i)
+        if get(block, offset + i) != both:
+            put(block, offset + i, both)
+            seal(block)  # each word is right by itself
 
 
 @entry
@@ -120,6 +146,11 @@ class NextHops(Table):
         self.set_local_hashes(())
         self.actions: dict[int, Action] = {}
         self._next, self._free = 1, list[int]()
+        self._runs, self._free_runs = dict[int, int](), list[int]()  # where groups have their buckets
+        self._buckets = dict[int, np.ndarray]()
+        self._scratch = Arena(4 * BUCKETS)
+        self.set_word(_HASHING, FIELD_SRC | FIELD_DST)
+        self.set_word(_HASHING + 1, _signed(os.urandom(8)))
         self.epoch = Arena(64)
         store64(self.epoch.address, 2)
         self._hits: weakref.WeakSet[Arena] = weakref.WeakSet()
@@ -141,19 +172,62 @@ class NextHops(Table):
                 raise TableFull(f"no room for more than {self.capacity - 1} next hops", "make NextHops larger")
             self._next = max(self._next, index + 1)
             try:
-                self[index] = action
+                self._set(index, action)
             except BaseException:
                 self._free.append(index)
                 raise
             return index
 
     def __setitem__(self, index: int, action: Action) -> None:
-        if not 0 < index < self._next:
-            raise BadInput(f"no next hop {index}", "use add")
         with self.lock:
-            _write(self._words.block, _HOPS + HOP_SIZE // 8 * index, *_encode(action))
-            self.actions[index] = action
-            self.commit()
+            if index not in self.actions:
+                raise BadInput(f"no next hop {index}", "use add")
+            self._set(index, action)
+
+    def _set(self, index: int, action: Action) -> None:
+        words = self._encode_paths(index, action) if isinstance(action, Multipath) else _encode(action)
+        _write(self._words.block, _HOPS + HOP_SIZE // 8 * index, *words)
+        self.actions[index] = action
+        if not isinstance(action, Multipath):
+            self._forget_paths(index)
+            for group in [group for group in self._runs if index in self._buckets[group]]:
+                self._write_ports(group)
+        self.commit()
+
+    def _encode_paths(self, index: int, group: Multipath) -> tuple[int, int, int, int]:
+        """Write the buckets of a group; the words of its entry."""
+        for path, weight in group.paths:
+            if not isinstance(self.actions.get(path), Forward | Punt | Drop) or not 0 < weight <= 1 << 16:
+                raise BadInput(f"path {path} of weight {weight}", "paths are single next hops, weights 1 to 65536")
+        if not 0 < len(group.paths) <= BUCKETS:
+            raise BadInput(f"a multipath route over {len(group.paths)} paths", f"1 to {BUCKETS} of them")
+        if index not in self._runs:
+            if not self._free_runs and self._next + _RUN > self.capacity:
+                raise TableFull(f"no room for more than {self.capacity - 1} next hops", "make NextHops larger")
+            self._runs[index] = self._free_runs.pop() if self._free_runs else self._next
+            self._next = max(self._next, self._runs[index] + _RUN)
+        run = self._runs[index]
+        self._buckets[index] = share(group.paths, self._buckets.get(index))
+        np.frombuffer(self._scratch.buffer, np.uint32)[:BUCKETS] = self._buckets[index]
+        _write_buckets(self._words.block, _HOPS + HOP_SIZE // 8 * run, self._scratch.address)
+        return ACTION_MULTIPATH, run, self._ports_of(group), 0
+
+    def _ports_of(self, group: Multipath) -> int:
+        """The ports, below 64, that its paths leave by, a bit each: ways back for the reverse path filter."""
+        actions = [self.actions[path] for path, _ in group.paths]
+        ports = {action.port for action in actions if isinstance(action, Forward) and action.port < 64}
+        return _signed(sum(1 << port for port in ports).to_bytes(8, "little"))
+
+    def _write_ports(self, index: int) -> None:
+        group = self.actions[index]
+        assert isinstance(group, Multipath)
+        _write_word(self._words.block, _HOPS + HOP_SIZE // 8 * index + 2, self._ports_of(group))
+
+    def _forget_paths(self, index: int) -> None:
+        """Of a next hop that is no group any more. Its buckets stay what they are until another group has them."""
+        if index in self._runs:
+            self._free_runs.append(self._runs.pop(index))
+            del self._buckets[index]
 
     def __getitem__(self, index: int) -> Action:
         return self.actions[index]
@@ -166,6 +240,7 @@ class NextHops(Table):
         with self.lock:
             del self.actions[index]
             _write(self._words.block, _HOPS + HOP_SIZE // 8 * index, 0, 0, 0, 0)
+            self._forget_paths(index)
             self._free.append(index)
             self.commit()
 
@@ -198,7 +273,25 @@ class NextHops(Table):
             self.commit()
 
 
-def _encode(action: Action) -> tuple[int, int, int, int]:
+def share(paths: Sequence[tuple[int, int]], before: np.ndarray | None = None) -> np.ndarray:
+    """`BUCKETS` paths (u32) in proportion to their weights, as far as may be where they were in `before`."""
+    weights = np.array([weight for _, weight in paths], np.int64)
+    exact = weights * BUCKETS / weights.sum()
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: BUCKETS - quota.sum()]] += 1  # largest remainders
+    due = {path: int(count) for (path, _), count in zip(paths, quota, strict=True)}
+    buckets = np.zeros(BUCKETS, np.uint32) if before is None else before.copy()
+    vacant = []
+    for i, path in enumerate(buckets.tolist()):
+        if due.get(path, 0) > 0:
+            due[path] -= 1
+        else:
+            vacant.append(i)
+    buckets[vacant] = [path for path, count in due.items() for _ in range(count)]
+    return buckets
+
+
+def _encode(action: Forward | Punt | Drop) -> tuple[int, int, int, int]:
     if isinstance(action, Forward):
         if len(action.dst) != 6 or len(action.src) != 6:
             raise BadInput(f"{action}: a MAC address has 6 bytes")
@@ -257,6 +350,11 @@ class RoutesView:
         return load64(load64(self.next_hops.cell) + 8 * (_PORT_FLAGS + port))
 
     @property
+    def hashing(self) -> int:
+        """Address of the FIELD_ flags that make a flow, and of the seed behind them."""
+        return load64(self.next_hops.cell) + 8 * _HASHING
+
+    @property
     def sources(self) -> int:
         """Address of the filter for `is_unusual`."""
         return load64(self.next_hops.cell) + 8 * _SOURCES
@@ -304,6 +402,10 @@ class Routes:
         for address, length in prefixes:
             hashes.update([_hash(bswap32(address))] if length == 32 else range(_HASHES))
         self.next_hops.set_local_hashes(hashes)
+
+    def set_hashing(self, fields: int) -> None:
+        """Which FIELD_ flags make a flow for multipath routes; by default source and destination address."""
+        self.next_hops.set_word(_HASHING, fields)
 
     def stage_tables(self) -> tuple[Table, ...]:
         """See `libfp.engine.decorator.Bindable`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from libfp.testing.ping import internet_checksum
 
-__all__ = ["ethernet", "icmp_echo", "internet_checksum", "ipv4", "tcp", "udp"]
+__all__ = ["ethernet", "icmp_echo", "icmp_error", "internet_checksum", "ipv4", "tcp", "udp"]
 
 ETH_DST, ETH_SRC = "02:00:00:00:00:01", "02:00:00:00:00:02"
 TCP_FLAGS = "FSRPAUEC"  # bit 0 first
@@ -124,5 +124,14 @@ def icmp_echo(payload: bytes = b"", identifier: int = 1, sequence: int = 1, repl
 
     def message(check: int) -> bytes:
         return struct.pack("!BBHHH", 0 if reply else 8, 0, check, identifier, sequence) + payload
+
+    return ipv4(message(internet_checksum(message(0))), protocol=1, **below)
+
+
+def icmp_error(about: bytes, kind: int = 3, code: int = 4, **below: Any) -> bytes:
+    """An ICMP error (RFC 792; by default "fragmentation needed") about the packet of the IPv4 frame `about`."""
+
+    def message(check: int) -> bytes:
+        return struct.pack("!BBHI", kind, code, check, 0) + about[14 : 14 + 28]
 
     return ipv4(message(internet_checksum(message(0))), protocol=1, **below)
