@@ -2,6 +2,7 @@
 
 from libfp.tables.hash import Hash, HashView, WideHashView
 from libfp.tables.lpm4 import Lpm4, Lpm4View
+from libfp.tables.lpm6 import Lpm6, Lpm6View
 from libfp.tables.table import Table
 
-__all__ = ["Hash", "HashView", "Lpm4", "Lpm4View", "Table", "WideHashView"]
+__all__ = ["Hash", "HashView", "Lpm4", "Lpm4View", "Lpm6", "Lpm6View", "Table", "WideHashView"]

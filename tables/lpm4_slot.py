@@ -18,9 +18,9 @@ DEEP_BITS = 8  # the third, where there are prefixes longer than /24
 DEFAULT, SLOTS, BLOCKS = 0, 8, 8 + (2 << SLOT_BITS)
 #: Field in the control block: scratch memory, `SCRATCH_BYTES` of it.
 SCRATCH = TABLE + 128
-STACK, _MIDDLE, _DEEP = 0, 2048, 4096  # byte offsets in the scratch memory
-_SHAPE, _LEAVES, _LEFT = 6144, 6208, 7168
-SCRATCH_BYTES = 8192
+STACK, _MIDDLE, _DEEP = 0, 4096, 6144  # byte offsets in the scratch memory
+_SHAPE, _LEAVES, _LEFT = 8192, 8256, 9216
+SCRATCH_BYTES = 12288
 
 _DEEPER = 1  # bit 0 of a slot's second word: some leaves are blocks
 

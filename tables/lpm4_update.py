@@ -6,15 +6,11 @@ next hop for it is one word, however many slots it covers. Each slot turned is a
 
 from __future__ import annotations
 
-from libfp.jit import entry, kernel, load64, store64
+from libfp.jit import entry, kernel, load64, shr64, store64
 from libfp.tables import rib
 from libfp.tables.lpm4_slot import DEFAULT, SCRATCH, SLOT_BITS, STACK, build, uniform
-from libfp.tables.words import LOG_ROOM, LOGGED, TABLE, allocate, fit, free, put, seal
-
-#: Fields in the control block: the most routes; why `apply` stopped.
-CAPACITY, STOPPED = TABLE + 64, TABLE + 72
-#: Results of `change`.
-UNCHANGED, CHANGED, MISSING, FULL, NO_ROOM = 0, 1, 2, 3, 4
+from libfp.tables.rib import CAPACITY, CHANGED, FULL, MISSING, NO_ROOM, STOPPED, UNCHANGED
+from libfp.tables.words import LOG_ROOM, LOGGED, allocate, fit, free, put, seal
 
 
 @kernel
@@ -78,7 +74,7 @@ def _make_slot(block, address, length):  # type: ignore[no-untyped-def]
     """Bring the slot up to date in which the route `address`/`length` (longer than the slot's 18) has changed."""
     node, cell, value = rib.ROOT, 0, 0
     for depth in range(SLOT_BITS):
-        node = rib.child(block, node, rib.bit(address, depth))
+        node = rib.child(block, node, rib.bit(address << 32, 0, depth))
         if node == 0:
             break
         if rib.value_of(block, node):
@@ -93,13 +89,13 @@ def _make_slot(block, address, length):  # type: ignore[no-untyped-def]
 
 @kernel
 def _set(block, address, length, value):  # type: ignore[no-untyped-def]
-    node = rib.find(block, address, length)
+    node = rib.find(block, address << 32, 0, length)
     old = rib.value_of(block, node) if node else 0
     if old == value:
         return UNCHANGED
     if old == 0 and load64(block + rib.ROUTES) == load64(block + CAPACITY):
         return FULL
-    node = rib.insert(block, address, length, value)
+    node = rib.insert(block, address << 32, 0, length, value)
     if length == 0:
         put(block, DEFAULT, value)
         return CHANGED
@@ -118,7 +114,7 @@ def _set(block, address, length, value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _remove(block, address, length):  # type: ignore[no-untyped-def]
-    node = rib.find(block, address, length)
+    node = rib.find(block, address << 32, 0, length)
     if node == 0 or rib.value_of(block, node) == 0:
         return MISSING
     freed = rib.cell_of(block, node)
@@ -130,32 +126,33 @@ def _remove(block, address, length):  # type: ignore[no-untyped-def]
     if length <= SLOT_BITS:
         above, cell, value = rib.ROOT, 0, 0
         for depth in range(length - 1):
-            above = rib.child(block, above, rib.bit(address, depth))
+            above = rib.child(block, above, rib.bit(address << 32, 0, depth))
             if rib.value_of(block, above):
                 cell, value = rib.cell_of(block, above), rib.value_of(block, above)
         done = _cover(block, node, length, address >> (32 - SLOT_BITS), cell, value, False)
         free(block, freed, 1)
-        rib.prune(block, address, length)
+        rib.prune(block, address << 32, 0, length)
     else:
-        rib.prune(block, address, length)
+        rib.prune(block, address << 32, 0, length)
         done = _make_slot(block, address, length)
     return CHANGED if done else NO_ROOM
 
 
 @entry
-def change(block, address, length, value):  # type: ignore[no-untyped-def]
+def change(block, high, low, length, value):  # type: ignore[no-untyped-def]
     """Set the route, or remove it if `value` is 0. Returns UNCHANGED, CHANGED, MISSING, FULL or NO_ROOM.
 
     After NO_ROOM the routes have changed and the lookup structure has not quite: it must be made anew.
     """
+    address = shr64(high, 32)
     result = _set(block, address, length, value) if value else _remove(block, address, length)
     seal(block)
     return result
 
 
 @entry
-def apply(block, addresses, lengths, values, start, count):  # type: ignore[no-untyped-def]
-    """`change` each route of three int64 arrays from index `start` on; return where it stopped.
+def apply(block, routes, start, count):  # type: ignore[no-untyped-def]
+    """`change` each route of an array (see `rib`) from index `start` on; return where it stopped.
 
     It stops at `count`, or where the log wants emptying, or after a route for want of room: STOPPED says. Removing
     what is not there is no error.
@@ -164,7 +161,8 @@ def apply(block, addresses, lengths, values, start, count):  # type: ignore[no-u
     for i in range(start, count):
         if load64(block + LOGGED) > LOG_ROOM // 16:
             return i
-        address, length, value = load64(addresses + 8 * i), load64(lengths + 8 * i), load64(values + 8 * i)
+        at = routes + rib.ROUTE * i
+        address, length, value = shr64(load64(at), 32), load64(at + 16), load64(at + 24)
         result = _set(block, address, length, value) if value else _remove(block, address, length)
         seal(block)
         if result >= FULL:
@@ -174,13 +172,11 @@ def apply(block, addresses, lengths, values, start, count):  # type: ignore[no-u
 
 
 @entry
-def load(block, addresses, lengths, values, count):  # type: ignore[no-untyped-def]
-    """Make an empty table of `count` routes from three int64 arrays, sorted by address and length.
-
-    Returns 0 if out of room.
-    """
+def load(block, routes, count):  # type: ignore[no-untyped-def]
+    """Make an empty table of `count` routes from an array, sorted by address and length. Returns 0 if out of room."""
     for i in range(count):
-        rib.insert(block, load64(addresses + 8 * i), load64(lengths + 8 * i), load64(values + 8 * i))
+        at = routes + rib.ROUTE * i
+        rib.insert(block, load64(at), 0, load64(at + 16), load64(at + 24))
     if rib.value_of(block, rib.ROOT):
         put(block, DEFAULT, rib.value_of(block, rib.ROOT))
     done = _cover(block, rib.ROOT, 0, 0, 0, 0, True)

@@ -1,25 +1,34 @@
 """All routes of a table by themselves: a binary trie in control-plane memory, from which the lookup structure is made.
 
 A node is 16 bytes: two children, the route's value (0: no route ends here) and its cell, which is the lookup
-structure's business. Node 0 is none, node 1 the root. Prefixes are host-order ints of `BITS` bits.
+structure's business. Node 0 is none, node 1 the root. An address is 128 bits in two words, `high` and `low`, in host order; that
+of IPv4 is the upper half of `high`.
+
+A route in an array is four words: high, low, length, value.
 """
 
 from __future__ import annotations
 
-from libfp.jit import entry, kernel, load32, load64, mul64, store32, store64
+from libfp.jit import entry, kernel, load32, load64, shl64, shr64, store32, store64
 from libfp.tables.words import TABLE
 
-BITS = 32
+BITS = 128  # of the longest prefix
 #: Fields in the table's control block: the address of the nodes, how many were used, the first free one, the routes.
 NODES, MADE, SPARE, ROUTES = TABLE, TABLE + 8, TABLE + 16, TABLE + 24
 ROOT = 1
 NODE = 16
 _VALUE, _CELL = 8, 12
+#: More of them: the most routes; why a change of many routes stopped; memory of `STACK_BYTES` for `dump`.
+CAPACITY, STOPPED, STACK = TABLE + 64, TABLE + 72, TABLE + 80
+#: Results of a change.
+UNCHANGED, CHANGED, MISSING, FULL, NO_ROOM = 0, 1, 2, 3, 4
+#: Bytes of a route in an array, and of the stack that `dump` wants.
+ROUTE, STACK_BYTES = 32, 24 * (BITS + 2)
 
 
-def nodes_for(routes: int) -> int:
-    """How many nodes the trie of so many routes can need, whatever they are."""
-    return 2 + sum(min(1 << depth, routes) for depth in range(BITS + 1))
+def nodes_for(routes: int, bits: int) -> int:
+    """How many nodes the trie of so many routes of at most `bits` bits can need, whatever they are."""
+    return 2 + sum(min(1 << depth, routes) for depth in range(bits + 1))
 
 
 @kernel
@@ -53,28 +62,28 @@ def set_cell(block, node, cell):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def bit(address, depth):  # type: ignore[no-untyped-def]
-    """The bit of `address` that leads on from a node at `depth`."""
-    return (address >> (BITS - 1 - depth)) & 1
+def bit(high, low, depth):  # type: ignore[no-untyped-def]
+    """The bit of an address that leads on from a node at `depth`."""
+    return shr64(low if depth & 64 else high, ~depth) & 1
 
 
 @kernel
-def find(block, address, length):  # type: ignore[no-untyped-def]
+def find(block, high, low, length):  # type: ignore[no-untyped-def]
     """The node of the prefix, 0 if the trie does not reach so far."""
     node = ROOT
     for depth in range(length):
-        node = child(block, node, bit(address, depth))
+        node = child(block, node, bit(high, low, depth))
         if node == 0:
             break
     return node
 
 
 @kernel
-def insert(block, address, length, value):  # type: ignore[no-untyped-def]
+def insert(block, high, low, length, value):  # type: ignore[no-untyped-def]
     """Set the prefix's value; return its node. The caller has seen to it that nodes suffice."""
     node = ROOT
     for depth in range(length):
-        at = load64(block + NODES) + node * NODE + 4 * bit(address, depth)
+        at = load64(block + NODES) + node * NODE + 4 * bit(high, low, depth)
         node = load32(at)
         if node == 0:
             node = _make(block)
@@ -108,13 +117,13 @@ def clear(block, node):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def prune(block, address, length):  # type: ignore[no-untyped-def]
+def prune(block, high, low, length):  # type: ignore[no-untyped-def]
     """Free the nodes on the way to the prefix that lead nowhere."""
-    keep, side, node = ROOT, bit(address, 0), ROOT
+    keep, side, node = ROOT, bit(high, low, 0), ROOT
     for depth in range(length):  # the last node on the way that is needed, and where it leads on
-        if value_of(block, node) or child(block, node, 1 - bit(address, depth)):
-            keep, side = node, bit(address, depth)
-        node = child(block, node, bit(address, depth))
+        if value_of(block, node) or child(block, node, 1 - bit(high, low, depth)):
+            keep, side = node, bit(high, low, depth)
+        node = child(block, node, bit(high, low, depth))
     if length == 0 or value_of(block, node) or not is_leaf(block, node):
         return
     at = load64(block + NODES) + keep * NODE + 4 * side
@@ -130,48 +139,49 @@ def prune(block, address, length):  # type: ignore[no-untyped-def]
 
 
 @entry
-def exact(block, address, length):  # type: ignore[no-untyped-def]
+def exact(block, high, low, length):  # type: ignore[no-untyped-def]
     """The value of the prefix itself, 0 if it is not there."""
-    node = find(block, address, length)
+    node = find(block, high, low, length)
     return value_of(block, node) if node else 0
 
 
 @entry
-def longest(block, address):  # type: ignore[no-untyped-def]
-    """The longest prefix that holds `address`: its length << 32 | its value; 0 if there is none."""
+def longest(block, high, low):  # type: ignore[no-untyped-def]
+    """The longest prefix that holds the address: its length << 32 | its value; 0 if there is none."""
     node, found = ROOT, 0
     for depth in range(BITS + 1):
         if value_of(block, node):
             found = depth << 32 | value_of(block, node)
-        node = child(block, node, bit(address, depth)) if depth < BITS else 0
+        node = child(block, node, bit(high, low, depth)) if depth < BITS else 0
         if node == 0:
             break
     return found
 
 
 @entry
-def dump(block, stack, addresses, lengths, values):  # type: ignore[no-untyped-def]
-    """Write all routes, by address and then by length, into int64 arrays; return how many.
-
-    `stack` has room for 2 words a level.
-    """
-    store64(stack, ROOT)
-    store64(stack + 8, 0)  # address << 8 | depth
+def dump(block, stack, routes):  # type: ignore[no-untyped-def]
+    """Write all routes, by address and then by length, into an array; return how many. `stack` is `STACK_BYTES`."""
+    store64(stack, ROOT << 8)  # node << 8 | depth, high, low
+    store64(stack + 8, 0)
+    store64(stack + 16, 0)
     top, count = 1, 0
     while top > 0:
         top -= 1
-        node, place = load64(stack + 16 * top), load64(stack + 16 * top + 8)
-        address, depth = place >> 8, place & 0xFF
+        at = stack + 24 * top
+        node, depth, high, low = load64(at) >> 8, load64(at) & 0xFF, load64(at + 8), load64(at + 16)
         if value_of(block, node):
-            store64(addresses + 8 * count, address)
-            store64(lengths + 8 * count, depth)
-            store64(values + 8 * count, value_of(block, node))
+            out = routes + ROUTE * count
+            store64(out, high)
+            store64(out + 8, low)
+            store64(out + 16, depth)
+            store64(out + 24, value_of(block, node))
             count += 1
         for side in range(1, -1, -1):
             below = child(block, node, side)
             if below:
-                further = address | mul64(side, 1 << (BITS - 1 - depth))
-                store64(stack + 16 * top, below)
-                store64(stack + 16 * top + 8, further << 8 | (depth + 1))
+                at = stack + 24 * top
+                store64(at, below << 8 | (depth + 1))
+                store64(at + 8, high | (0 if depth & 64 else shl64(side, ~depth)))
+                store64(at + 16, low | (shl64(side, ~depth) if depth & 64 else 0))
                 top += 1
     return count

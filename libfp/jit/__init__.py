@@ -49,6 +49,7 @@ from libfp.jit.raw import (
     u32,
     ult64,
     unlikely,
+    without_lowest64,
 )
 
 __all__ = [
@@ -98,5 +99,6 @@ __all__ = [
     "u32",
     "ult64",
     "unlikely",
+    "without_lowest64",
     "word",
 ]

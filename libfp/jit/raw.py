@@ -267,6 +267,12 @@ def ctz64(value: int) -> int:
     return 64 if value & MASK64 == 0 else (value & -value).bit_length() - 1
 
 
+@primitive(lambda context, builder, value: builder.and_(value, builder.sub(value, ir.Constant(I64, 1))))
+def without_lowest64(value: int) -> int:
+    """`value` with its lowest set bit cleared."""
+    return signed64(value & (value - 1))
+
+
 def _emit_shift(operation: str) -> Any:
     def emit(context: Any, builder: Any, value: Any, bits: Any) -> Any:
         return getattr(builder, operation)(value, builder.and_(bits, ir.Constant(I64, 63)))
