@@ -2,7 +2,7 @@
 
 from libfp.packet.burst import BURST, Burst, Packet
 from libfp.packet.checksum import checksum, ipv4_checksum_ok, update16
-from libfp.packet.headers import Ethernet, Icmp, Ipv4, Tcp, Udp
+from libfp.packet.headers import Ethernet, Icmp, Ipv4, Ipv6, Tcp, Udp
 
 __all__ = [
     "BURST",
@@ -10,6 +10,7 @@ __all__ = [
     "Ethernet",
     "Icmp",
     "Ipv4",
+    "Ipv6",
     "Packet",
     "Tcp",
     "Udp",

@@ -8,12 +8,15 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
     832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header without options, 0x14: one with
-                    options, 0: anything else; above it how many bytes the network header lies behind where it is in
-                    an untagged frame
+                    options, 6: a sound IPv6 header, 0x16: one with hop-by-hop options, 0: anything else; above it how
+                    many bytes the network header lies behind where it is in an untagged frame
     1088  verdict   64 x u32, see `libfp.packet.verdict`
     1344  next_hop  64 x u32, index of the next hop that decided, 0 for none
     1600  key       64 x u32, scratch for bulk lookups within one stage
     1856  mark      64 x u64, for stages to talk to later stages; 0 at first
+    2368  wide      64 x 16 bytes, scratch as `key` is, for IPv6 addresses
+    3392  picked    64 x u32, scratch: which packets a list within one stage is about
+    3648  found     64 x u32, scratch: what was looked up for them
 
 After a stage, packets that have a verdict leave the burst and the rest move up, in order: a stage finds every packet
 of 0..count-1 live when it begins, and within one stage the first verdict wins.
@@ -25,11 +28,14 @@ from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, 
 from libfp.packet.headers import (
     ETHERNET_SIZE,
     ICMP,
+    ICMPV6,
+    IPV6_SIZE,
     TCP,
     UDP,
     Ethernet,
     Icmp,
     Ipv4,
+    Ipv6,
     Tcp,
     Udp,
 )
@@ -37,9 +43,10 @@ from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PORT_MASK, 
 
 BURST = 64
 FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
-SIZE = 2368
+WIDE, PICKED, FOUND = 2368, 3392, 3648
+SIZE = 3904
 
-KIND_IPV4, KIND_IPV4_OPTIONS = 4, 0x14
+KIND_IPV4, KIND_IPV4_OPTIONS, KIND_IPV6, KIND_IPV6_OPTIONS = 4, 0x14, 6, 0x16
 
 
 @native
@@ -80,9 +87,10 @@ class Packet:
 
     @property
     def l4(self) -> int:
-        """Address of the transport header; mind `is_udp`, `is_tcp`, `is_icmp`."""
+        """Address of the transport header; mind `is_udp`, `is_tcp`, `is_icmp`, `is_icmpv6`."""
         at = self.l3
-        return at + ((load8(at) & 15) << 2)
+        first = load8(at)
+        return at + (IPV6_SIZE if first >> 4 == 6 else (first & 15) << 2)
 
     @property
     def ethernet(self) -> Ethernet:
@@ -97,8 +105,23 @@ class Packet:
     def ipv4(self) -> Ipv4:
         return Ipv4(self.l3)
 
+    @property
+    def is_ipv6(self) -> bool:
+        """A sound IPv6 header (`parse` has run): `ipv6` may be used."""
+        return load32(self.burst + KIND + 4 * self.i) & 0xF == KIND_IPV6
+
+    @property
+    def ipv6(self) -> Ipv6:
+        return Ipv6(self.l3)
+
     def has_l4(self, protocol: int, size: int) -> bool:
-        """IPv4 of this protocol, not a later fragment, with `size` bytes of transport header inside the frame."""
+        """A packet of this protocol, no later fragment, with `size` bytes of transport header inside the frame.
+
+        Of IPv6, one whose transport header follows the IPv6 header: extension headers are not skipped.
+        """
+        if self.is_ipv6:
+            at = self.l3
+            return load8(at + 6) == protocol and load16be(at + 4) >= size
         if not self.is_ipv4:
             return False
         at = self.l3
@@ -108,7 +131,7 @@ class Packet:
 
     @property
     def is_udp(self) -> bool:
-        """IPv4 with a whole UDP header: `udp` may be used."""
+        """A whole UDP header: `udp` may be used."""
         return self.has_l4(UDP, 8)
 
     @property
@@ -117,7 +140,7 @@ class Packet:
 
     @property
     def is_tcp(self) -> bool:
-        """IPv4 with a whole TCP header: `tcp` may be used."""
+        """A whole TCP header: `tcp` may be used."""
         return self.has_l4(TCP, 20)
 
     @property
@@ -127,7 +150,12 @@ class Packet:
     @property
     def is_icmp(self) -> bool:
         """IPv4 with an ICMP header: `icmp` may be used."""
-        return self.has_l4(ICMP, 8)
+        return self.is_ipv4 and self.has_l4(ICMP, 8)
+
+    @property
+    def is_icmpv6(self) -> bool:
+        """IPv6 with an ICMPv6 header: `icmp` may be used."""
+        return self.is_ipv6 and self.has_l4(ICMPV6, 8)
 
     @property
     def icmp(self) -> Icmp:

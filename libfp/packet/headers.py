@@ -7,11 +7,13 @@ header lies inside the frame.
 
 from __future__ import annotations
 
-from libfp.jit import load8, load16be, load32be, native, store8, store16be, store32be, word
+from libfp.jit import load8, load16be, load32be, load64be, native, store8, store16be, store32be, word
 
 ETHERNET_SIZE = 14
 ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_ARP = 0x0800, 0x86DD, 0x0806
-ICMP, TCP, UDP = 1, 6, 17
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+HOP_BY_HOP, FRAGMENT = 0, 44  # of IPv6
+IPV6_SIZE = 40
 
 
 @native
@@ -115,6 +117,46 @@ class Ipv4:
     @dst.setter
     def dst(self, value: int) -> None:
         store32be(self.at + 16, value)
+
+
+@native
+class Ipv6:
+    """The IPv6 header (RFC 8200) at `at`. Addresses are pairs of 64-bit words, as keys of tables are."""
+
+    at: word
+
+    @property
+    def traffic_class(self) -> int:
+        return load16be(self.at) >> 4 & 0xFF
+
+    @property
+    def flow_label(self) -> int:
+        return load32be(self.at) & 0xFFFFF
+
+    @property
+    def payload_length(self) -> int:
+        """Bytes behind this header, extension headers included."""
+        return load16be(self.at + 4)
+
+    @property
+    def next_header(self) -> int:
+        return load8(self.at + 6)
+
+    @property
+    def hop_limit(self) -> int:
+        return load8(self.at + 7)
+
+    @hop_limit.setter
+    def hop_limit(self, value: int) -> None:
+        store8(self.at + 7, value)
+
+    @property
+    def src(self) -> tuple[int, int]:
+        return load64be(self.at + 8), load64be(self.at + 16)
+
+    @property
+    def dst(self) -> tuple[int, int]:
+        return load64be(self.at + 24), load64be(self.at + 32)
 
 
 @native

@@ -1,4 +1,6 @@
-"""IPv4 unicast forwarding (RFC 1812), deciding as Linux would and leaving to Linux what it must decide itself."""
+"""Unicast forwarding, deciding as Linux would and leaving to Linux what it must decide itself: IPv4 (RFC 1812) here,
+IPv6 in `libfp.stages.forwarding6`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from libfp.jit import (
     bswap32,
     kernel,
     load8,
-    load16be,
     load32,
     load64,
     prefetch,
@@ -17,11 +18,24 @@ from libfp.jit import (
     ult64,
     unlikely,
 )
-from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, LENGTH, NEXT_HOP, VERDICT, Burst
+from libfp.packet.burst import (
+    FRAME,
+    KEY,
+    KIND,
+    KIND_IPV4,
+    KIND_IPV4_OPTIONS,
+    KIND_IPV6,
+    KIND_IPV6_OPTIONS,
+    LENGTH,
+    NEXT_HOP,
+    VERDICT,
+    Burst,
+)
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
-from libfp.stages.multipath import path_of
+from libfp.stages.forwarding6 import forward6
+from libfp.stages.multipath import look_closer
 from libfp.stages.routes import (
     ACTION_FORWARD,
     ACTION_MULTIPATH,
@@ -41,18 +55,19 @@ _IP = ETHERNET_SIZE
 
 @stage.burst
 def forward(burst: Burst, routes: RoutesView) -> None:
-    """Verify, look up, rewrite and send the IPv4 packets of the burst.
+    """Verify, look up, rewrite and send the IP packets of the burst.
 
-    Dropped: wrong header checksum (RFC 1812 5.2.2), martian addresses (5.3.7, as Linux draws the line), sources that
-    are this host's own, and what a route drops. Punted unchanged: sources that may fail the port's reverse path filter
-    (RFC 3704), anything but IPv4, multicast and broadcast, options, TTL 1 and less, larger than the MTU of the next
-    hop, no route, no neighbour yet, routes that only Linux can follow. Linux sends the ICMP errors.
+    Dropped: wrong header checksum (RFC 1812 5.2.2), martian addresses (5.3.7; RFC 4291; as Linux draws the line),
+    IPv4 sources that are this host's own, and what a route drops. Punted unchanged: sources that may fail the port's
+    reverse path filter (RFC 3704), anything but IP, multicast, broadcast and link-local addresses, options, TTL or hop
+    limit 1 and less, larger than the MTU of the next hop, no route, no neighbour yet, routes that only Linux can
+    follow. Linux sends the ICMP errors.
     """
     at, n, base = burst.at, burst.count, burst.base
-    checks, sources = routes.checks(burst.port), routes.sources
+    checks, sources, six = routes.checks(burst.port), routes.sources, 0
     for i in range(n):
         if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
-            check_other(burst, i)
+            six += check_other(burst, i)
             continue
         ip = base + load64(at + FRAME + 8 * i) + _IP
         low, high, last = load64(ip), load64(ip + 8), load32(ip + 16)
@@ -75,6 +90,8 @@ def forward(burst: Burst, routes: RoutesView) -> None:
             hop = 0  # no such next hop: as if there were no route
         prefetch(hops + HOP_SIZE * hop)
         store32(at + NEXT_HOP + 4 * i, hop)
+    if unlikely(six != 0):
+        forward6(burst, routes)  # which leaves no packet of its own to the rest
     for i in range(n):
         if unlikely(load32(at + VERDICT + 4 * i) != 0):
             continue
@@ -99,26 +116,6 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         store32(data + _IP + 8, word + (word + 0x10000 >> 32 << 16))  # the carry; and never -0: RFC 1624
         store32(hits + 4 * hop, epoch)
         store32(at + VERDICT + 4 * i, verdict)
-
-
-@kernel
-def look_closer(burst: Burst, i: int, routes: RoutesView, hop: int) -> int:
-    """The next hop of a packet whose own does not simply send it: a path of a multipath route, or 0: it is settled."""
-    entry = routes.hops + HOP_SIZE * hop
-    if load64(entry) & 0xFF == ACTION_MULTIPATH:
-        hop = path_of(burst, i, routes, load64(entry + 8))
-        if ult64(hop, routes.capacity) == 0:
-            hop = 0
-        store32(burst.at + NEXT_HOP + 4 * i, hop)
-        entry = routes.hops + HOP_SIZE * hop
-    what = load64(entry)
-    if what & 0xFF != ACTION_FORWARD:
-        burst.settle(i, shr64(load64(entry + 16), 32))
-    elif load16be(burst.data(i) + _IP + 2) > what >> 24:
-        burst.punt(i, "fragment-needed")
-    else:
-        return hop  # a frame that is longer than its packet
-    return 0
 
 
 @kernel
@@ -150,15 +147,18 @@ def check_unusual(
 
 
 @kernel
-def check_other(burst: Burst, i: int) -> None:
-    """What is no plain IPv4 goes to Linux, but for a header with options whose checksum is wrong."""
-    ip = burst.data(i) + _IP
-    if not burst.is_ipv4(i):
-        burst.punt(i, "not-ipv4")
-    elif checksum(ip, (load8(ip) & 15) << 2) != 0:
+def check_other(burst: Burst, i: int) -> int:
+    """1 for IPv6. All else that is no plain IPv4 goes to Linux, but for options whose header has a wrong checksum."""
+    ip, kind = burst.data(i) + _IP, load32(burst.at + KIND + 4 * i)
+    if kind == KIND_IPV6:
+        return 1
+    if kind == KIND_IPV4_OPTIONS and checksum(ip, (load8(ip) & 15) << 2) != 0:
         burst.drop(i, "ipv4-checksum")
-    else:
+    elif kind in (KIND_IPV4_OPTIONS, KIND_IPV6_OPTIONS):
         burst.punt(i, "ip-options")
+    else:
+        burst.punt(i, "not-ip")
+    return 0
 
 
 @kernel

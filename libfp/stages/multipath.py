@@ -7,13 +7,16 @@ reaches the host that sent the packet (RFC 7690).
 
 from __future__ import annotations
 
-from libfp.jit import kernel, load8, load16, load16be, load32, load64, mul64, shr64
-from libfp.packet.burst import Burst
-from libfp.packet.headers import ICMP, TCP, UDP
+from libfp.jit import kernel, load8, load16, load16be, load32, load64, mul64, shr64, store32, ult64
+from libfp.packet.burst import NEXT_HOP, Burst
+from libfp.packet.headers import ETHERNET_SIZE, FRAGMENT, ICMP, ICMPV6, IPV6_SIZE, TCP, UDP
 from libfp.stages.routes import (
+    ACTION_FORWARD,
+    ACTION_MULTIPATH,
     BUCKETS,
     FIELD_DPORT,
     FIELD_DST,
+    FIELD_LABEL,
     FIELD_PROTOCOL,
     FIELD_SPORT,
     FIELD_SRC,
@@ -22,34 +25,94 @@ from libfp.stages.routes import (
 )
 
 _SCTP, _DCCP, _UDPLITE = 132, 33, 136
+_PORTS = FIELD_SPORT | FIELD_DPORT
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _FRAGMENT = 0xFF3F  # more fragments, or an offset: the 16 bits as the machine loads them
 
 
 @kernel
-def path_of(burst: Burst, i: int, routes: RoutesView, run: int) -> int:
-    """The next hop for packet `i`, whose group has its buckets from entry `run` on."""
-    fields, seed = load64(routes.hashing), load64(routes.hashing + 8)
-    bucket = flow_hash(burst.data(i) + 14, fields, seed) & BUCKETS - 1
-    return load32(routes.hops + HOP_SIZE * run + 4 * bucket)
+def look_closer(burst: Burst, i: int, routes: RoutesView, hop: int) -> int:
+    """The next hop of a packet whose own does not simply send it: a path of a multipath route, or 0: it is settled."""
+    entry, ip = routes.hops + HOP_SIZE * hop, burst.data(i) + ETHERNET_SIZE
+    if load64(entry) & 0xFF == ACTION_MULTIPATH:
+        hop = path_of(ip, routes, load64(entry + 8))
+        if ult64(hop, routes.capacity) == 0:
+            hop = 0
+        store32(burst.at + NEXT_HOP + 4 * i, hop)
+        entry = routes.hops + HOP_SIZE * hop
+    what = load64(entry)
+    if what & 0xFF != ACTION_FORWARD:
+        burst.settle(i, shr64(load64(entry + 16), 32))
+    elif (IPV6_SIZE + load16be(ip + 4) if load8(ip) >> 4 == 6 else load16be(ip + 2)) > what >> 24:
+        burst.punt(i, "fragment-needed")
+    else:
+        return hop  # a frame that is longer than its packet
+    return 0
 
 
 @kernel
-def flow_hash(ip: int, fields: int, seed: int) -> int:
-    """56 bits of hash of the flow of the sound IPv4 packet at `ip`."""
-    protocol, fragment = load8(ip + 9), load16(ip + 6) & _FRAGMENT != 0
-    at, ports = ip, 0
-    if fragment:
+def path_of(ip: int, routes: RoutesView, run: int) -> int:
+    """The next hop for the packet at `ip`, whose group has its buckets from entry `run` on."""
+    seed = load64(routes.hashing)
+    if load8(ip) >> 4 == 6:
+        key = flow6(ip, load64(routes.hashing + 48))
+    else:
+        key = flow4(ip, load64(routes.hashing + 32))
+    return load32(routes.hops + HOP_SIZE * run + 4 * (mix(key, seed) & BUCKETS - 1))
+
+
+@kernel
+def flow4(ip: int, fields: int) -> int:
+    """A number for the flow of the sound IPv4 packet at `ip`."""
+    protocol, l4, at = load8(ip + 9), ip + ((load8(ip) & 15) << 2), ip
+    if load16(ip + 6) & _FRAGMENT != 0:
         fields &= FIELD_SRC | FIELD_DST
-    elif fields & (FIELD_SPORT | FIELD_DPORT) == 0:
-        at = _addresses_at(ip, protocol)
-    elif _has_ports(protocol) and load16be(ip + 2) >= ((load8(ip) & 15) << 2) + 4:
-        l4 = ip + ((load8(ip) & 15) << 2)
-        source, destination = load16be(l4), load16be(l4 + 2)
-        ports = _both(source if fields & FIELD_SPORT else 0, destination if fields & FIELD_DPORT else 0)
+    elif protocol == ICMP and fields & _PORTS == 0 and _is_error(l4, ip + load16be(ip + 2) - 20):
+        at = l4 + 8 if load8(l4 + 8) >> 4 == 4 else ip
     source = load32(at + 12) if fields & FIELD_SRC else 0
     destination = load32(at + 16) if fields & FIELD_DST else 0
-    key = _both(source, destination) ^ mul64(ports, 0x9E3779B97F4A7C15 - (1 << 64))
-    return mix(key ^ (protocol << 56 if fields & FIELD_PROTOCOL else 0), seed)
+    return _both(source, destination) ^ _upper(fields, protocol, l4, ip + load16be(ip + 2))
+
+
+@kernel
+def flow6(ip: int, fields: int) -> int:
+    """A number for the flow of the sound IPv6 packet at `ip`. Extension headers are not skipped."""
+    protocol, l4, at = load8(ip + 6), ip + IPV6_SIZE, ip
+    end = l4 + load16be(ip + 4)
+    if protocol == FRAGMENT:
+        fields &= FIELD_SRC | FIELD_DST
+    elif protocol == ICMPV6 and fields & _PORTS == 0 and _is_error6(l4, end):
+        at = l4 + 8
+        protocol = load8(at + 6)
+    source = load64(at + 8) ^ mul64(load64(at + 16), _ODD) if fields & FIELD_SRC else 0
+    destination = load64(at + 24) ^ mul64(load64(at + 32), _ODD) if fields & FIELD_DST else 0
+    label = load32(at) & 0xFFFF0F00 if fields & FIELD_LABEL else 0
+    return _both(source, destination) ^ label << 24 ^ _upper(fields, protocol, l4, end)
+
+
+@kernel
+def _upper(fields: int, protocol: int, l4: int, end: int) -> int:
+    """Protocol and ports, as far as they belong to the flow."""
+    key = protocol << 56 if fields & FIELD_PROTOCOL else 0
+    if fields & _PORTS != 0 and protocol in (TCP, UDP, _SCTP, _DCCP, _UDPLITE) and l4 + 4 <= end:
+        source, destination = load16be(l4), load16be(l4 + 2)
+        key ^= mul64(_both(source if fields & FIELD_SPORT else 0, destination if fields & FIELD_DPORT else 0), _ODD)
+    return key
+
+
+@kernel
+def _is_error(l4: int, end: int) -> bool:
+    """Whether the ICMP message (RFC 792) at `l4` is about another packet, whose first 20 bytes end before `end`."""
+    if l4 + 8 > end:
+        return False
+    kind = load8(l4)
+    return kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12
+
+
+@kernel
+def _is_error6(l4: int, end: int) -> bool:
+    """Whether the ICMPv6 message (RFC 4443) at `l4` is about another packet, whose header ends before `end`."""
+    return l4 + 8 + IPV6_SIZE <= end and load8(l4) < 128 and load8(l4 + 8) >> 4 == 6
 
 
 @kernel
@@ -64,21 +127,3 @@ def mix(key: int, seed: int) -> int:
 def _both(a: int, b: int) -> int:
     """A number that is the same for (b, a)."""
     return mul64(a + b, 0xC2B2AE3D27D4EB4F - (1 << 64)) ^ a ^ b
-
-
-@kernel
-def _has_ports(protocol: int) -> bool:
-    return protocol in (TCP, UDP, _SCTP, _DCCP, _UDPLITE)
-
-
-@kernel
-def _addresses_at(ip: int, protocol: int) -> int:
-    """The header whose addresses tell the flow: of an ICMP error (RFC 792), that of the packet it is about."""
-    if protocol != ICMP:
-        return ip
-    l4, end = ip + ((load8(ip) & 15) << 2), ip + load16be(ip + 2)
-    if l4 + 28 > end:
-        return ip
-    kind = load8(l4)
-    error = kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12
-    return l4 + 8 if error and load8(l4 + 8) >> 4 == 4 else ip

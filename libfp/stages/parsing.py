@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import bswap16, kernel, load8, load16, load32, load64, shr64, store32, ult64, unlikely
-from libfp.packet.burst import FRAME, KIND, KIND_IPV4, KIND_IPV4_OPTIONS, LENGTH, Burst
-from libfp.packet.headers import ETHERNET_SIZE
+from libfp.jit import bswap16, kernel, load8, load16, load16be, load32, load64, shr64, store32, ult64, unlikely
+from libfp.packet.burst import (
+    FRAME,
+    KIND,
+    KIND_IPV4,
+    KIND_IPV4_OPTIONS,
+    KIND_IPV6,
+    KIND_IPV6_OPTIONS,
+    LENGTH,
+    Burst,
+)
+from libfp.packet.headers import ETHERNET_SIZE, HOP_BY_HOP, IPV6_SIZE
 
 _IPV4_TYPE = 0x0008  # 0x0800 as the machine loads it
+_IPV6_TYPE = 0xDD86
 _PLAIN = 0x0045_0008  # the same, then version 4 with a header of five words: nearly every packet
 _IPV4_MIN = ETHERNET_SIZE + 20
 
 
 @stage.burst
 def parse(burst: Burst) -> None:
-    """Mark sound IPv4 packets (RFC 791, RFC 1812 section 5.2.2 without the checksum, which `forward` verifies).
+    """Mark sound IPv4 packets (RFC 791, RFC 1812 section 5.2.2 without the checksum, which `forward` verifies) and
+    sound IPv6 packets (RFC 8200).
 
-    Afterwards `packet.is_ipv4` says that the header, options and all `total_length` bytes are inside the frame.
-    Malformed packets are dropped by name; other protocols pass unmarked.
+    Afterwards `packet.is_ipv4` says that the header, options and all `total_length` bytes are inside the frame, and
+    `packet.is_ipv6` that the header and all `payload_length` bytes are. Malformed packets are dropped by name; other
+    protocols pass unmarked.
     """
     columns, base = burst.at, burst.base
     for i in range(burst.count):
@@ -27,6 +39,8 @@ def parse(burst: Burst) -> None:
                 burst.drop(i, "ethernet-truncated")
             elif load16(burst.data(i) + 12) == _IPV4_TYPE:
                 burst.drop(i, "ipv4-truncated")
+            elif load16(burst.data(i) + 12) == _IPV6_TYPE:
+                burst.drop(i, "ipv6-truncated")
             continue
         at = base + load64(columns + FRAME + 8 * i)
         word = load64(at + 12)  # type, version and header length, TOS, total length
@@ -40,7 +54,10 @@ def parse(burst: Burst) -> None:
 
 @kernel
 def look_closer(burst: Burst, i: int, at: int, total: int, length: int) -> None:
-    """What is not a plain IPv4 header: another protocol, one with options, or a malformed one."""
+    """What is not a plain IPv4 header: IPv6, another protocol, options, or malformed. 34 bytes at least are there."""
+    if load16(at + 12) == _IPV6_TYPE:
+        parse_ipv6(burst, i, at + ETHERNET_SIZE, length - ETHERNET_SIZE)
+        return
     if load16(at + 12) != _IPV4_TYPE:
         return
     header = (load8(at + ETHERNET_SIZE) & 15) << 2
@@ -52,3 +69,15 @@ def look_closer(burst: Burst, i: int, at: int, total: int, length: int) -> None:
         burst.drop(i, "ipv4-truncated")
     else:
         store32(burst.at + KIND + 4 * i, KIND_IPV4_OPTIONS)
+
+
+@kernel
+def parse_ipv6(burst: Burst, i: int, ip: int, room: int) -> None:
+    """`room` bytes at `ip` claim to be IPv6. A jumbogram (RFC 2675) has options, and is left to Linux as those are."""
+    if load8(ip) >> 4 != 6:
+        burst.drop(i, "ipv6-version")
+    elif room < IPV6_SIZE or IPV6_SIZE + load16be(ip + 4) > room:
+        burst.drop(i, "ipv6-truncated")
+    else:
+        options = load8(ip + 6) == HOP_BY_HOP
+        store32(burst.at + KIND + 4 * i, KIND_IPV6_OPTIONS if options else KIND_IPV6)

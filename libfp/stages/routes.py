@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, stor
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
 from libfp.tables.lpm4 import Lpm4, Lpm4View
+from libfp.tables.lpm6 import Lpm6, Lpm6View
 from libfp.tables.table import Table
 from libfp.tables.words import Words, get, put, seal
 
@@ -149,8 +150,9 @@ class NextHops(Table):
         self._runs, self._free_runs = dict[int, int](), list[int]()  # where groups have their buckets
         self._buckets = dict[int, np.ndarray]()
         self._scratch = Arena(4 * BUCKETS)
-        self.set_word(_HASHING, FIELD_SRC | FIELD_DST)
-        self.set_word(_HASHING + 1, _signed(os.urandom(8)))
+        self.set_word(_HASHING, _signed(os.urandom(8)))
+        self.set_word(_HASHING + 4, FIELD_SRC | FIELD_DST)
+        self.set_word(_HASHING + 6, FIELD_SRC | FIELD_DST | FIELD_PROTOCOL | FIELD_LABEL)
         self.epoch = Arena(64)
         store64(self.epoch.address, 2)
         self._hits: weakref.WeakSet[Arena] = weakref.WeakSet()
@@ -326,6 +328,7 @@ class RoutesView:
     """`Routes` as one worker sees them."""
 
     fib: Lpm4View
+    fib6: Lpm6View
     next_hops: NextHopsView
 
     @property
@@ -351,7 +354,7 @@ class RoutesView:
 
     @property
     def hashing(self) -> int:
-        """Address of the FIELD_ flags that make a flow, and of the seed behind them."""
+        """Address of the seed of flow hashes; 4 and 6 words on are the FIELD_ flags that make a flow."""
         return load64(self.next_hops.cell) + 8 * _HASHING
 
     @property
@@ -361,21 +364,22 @@ class RoutesView:
 
 
 class Routes:
-    """What one `forward` stage reads. Binds to a stage as it is; `fib` and `next_hops` may be shared."""
+    """What one `forward` stage reads: `fib` for IPv4, `fib6` for IPv6, `next_hops` for both. Binds as it is."""
 
     #: Reasons that reach the pipeline through table entries, not through literals in a stage.
     stage_reasons = REASONS
 
-    def __init__(self, *, routes: int = 1 << 20, next_hops: int = 1 << 16) -> None:
-        self.fib = Lpm4(capacity=routes)
+    def __init__(self, *, routes: int = 1 << 20, routes6: int = 1 << 19, next_hops: int = 1 << 16) -> None:
+        self.fib, self.fib6 = Lpm4(capacity=routes), Lpm6(capacity=routes6)
         self.next_hops = NextHops(next_hops)
         self._compile()
 
     def _compile(self) -> None:
         """Make a change and take it back: what changes the tables is compiled now, not when a route is in a hurry."""
         hop = self.next_hops.add(Drop("blackhole"))
-        self.fib.set(0, 32, hop)
-        self.fib.remove(0, 32)
+        for table, length in ((self.fib, 32), (self.fib6, 128)):
+            table.set(0, length, hop)
+            table.remove(0, length)
         self.next_hops.remove(hop)
 
     def set_port(self, port: int, rp_filter: int = 0, redirects: bool = False, accept_local: bool = False) -> None:
@@ -403,14 +407,17 @@ class Routes:
             hashes.update([_hash(bswap32(address))] if length == 32 else range(_HASHES))
         self.next_hops.set_local_hashes(hashes)
 
-    def set_hashing(self, fields: int) -> None:
-        """Which FIELD_ flags make a flow for multipath routes; by default source and destination address."""
-        self.next_hops.set_word(_HASHING, fields)
+    def set_hashing(self, fields: int, version: Literal[4, 6] = 4) -> None:
+        """Which FIELD_ flags make a flow for multipath routes of that IP version.
+
+        By default the kernel's policy 0: the addresses, for IPv6 flow label and next header too.
+        """
+        self.next_hops.set_word(_HASHING + version, fields)
 
     def stage_tables(self) -> tuple[Table, ...]:
         """See `libfp.engine.decorator.Bindable`."""
-        return self.fib, self.next_hops
+        return self.fib, self.fib6, self.next_hops
 
     def stage_view(self, replica: Callable[[Any], Any]) -> RoutesView:
         """See `libfp.engine.decorator.Bindable`."""
-        return RoutesView(replica(self.fib), replica(self.next_hops))
+        return RoutesView(replica(self.fib), replica(self.fib6), replica(self.next_hops))

@@ -4,7 +4,7 @@ The builders of frames are here; what needs root or more libraries is in its own
 `libfp.testing.traffic`, `libfp.testing.machine_code`.
 """
 
-from libfp.testing.packets import ethernet, icmp_echo, icmp_error, internet_checksum, ipv4, tcp, udp
+from libfp.testing.packets import ethernet, icmp_echo, icmp_error, internet_checksum, ipv4, ipv6, tcp, udp
 from libfp.testing.wait import wait_until
 
-__all__ = ["ethernet", "icmp_echo", "icmp_error", "internet_checksum", "ipv4", "tcp", "udp", "wait_until"]
+__all__ = ["ethernet", "icmp_echo", "icmp_error", "internet_checksum", "ipv4", "ipv6", "tcp", "udp", "wait_until"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from libfp.testing.ping import internet_checksum
 
-__all__ = ["ethernet", "icmp_echo", "icmp_error", "internet_checksum", "ipv4", "tcp", "udp"]
+__all__ = ["ethernet", "icmp_echo", "icmp_error", "internet_checksum", "ipv4", "ipv6", "tcp", "udp"]
 
 ETH_DST, ETH_SRC = "02:00:00:00:00:01", "02:00:00:00:00:02"
 TCP_FLAGS = "FSRPAUEC"  # bit 0 first
@@ -82,7 +82,41 @@ def ipv4(
     return ethernet(header(check) + payload, **below)
 
 
+def ipv6(
+    payload: bytes = b"",
+    src: str = "2001:db8:1::2",
+    dst: str = "2001:db8:2::2",
+    next_header: int = 253,
+    hop_limit: int = 64,
+    traffic_class: int = 0,
+    flow_label: int = 0,
+    version: int = 6,
+    payload_length: int | None = None,
+    **below: Any,
+) -> bytes:
+    """An IPv6 packet in a frame. `version` and `payload_length` are for making malformed packets."""
+    length = len(payload) if payload_length is None else payload_length
+    first = version << 28 | traffic_class << 20 | flow_label
+    header = struct.pack("!IHBB", first, length, next_header, hop_limit)
+    addresses = ipaddress.IPv6Address(src).packed + ipaddress.IPv6Address(dst).packed
+    return ethernet(header + addresses + payload, **({"ethertype": 0x86DD} | below))
+
+
+def _ip(payload: bytes, protocol: int, below: dict[str, Any]) -> bytes:
+    """In IPv6, if `below` has IPv6 addresses."""
+    if _is_ipv6(below):
+        return ipv6(payload, next_header=protocol, **below)
+    return ipv4(payload, protocol=protocol, **below)
+
+
+def _is_ipv6(below: dict[str, Any]) -> bool:
+    return ":" in below.get("src", "") + below.get("dst", "")
+
+
 def _pseudo(below: dict[str, Any], protocol: int, length: int) -> bytes:
+    if _is_ipv6(below):
+        ends = (below.get("src", "2001:db8:1::2"), below.get("dst", "2001:db8:2::2"))
+        return b"".join(ipaddress.IPv6Address(end).packed for end in ends) + struct.pack("!II", length, protocol)
     src = ipaddress.IPv4Address(below.get("src", "10.0.1.2"))
     dst = ipaddress.IPv4Address(below.get("dst", "10.0.2.2"))
     return src.packed + dst.packed + struct.pack("!BBH", 0, protocol, length)
@@ -91,12 +125,12 @@ def _pseudo(below: dict[str, Any], protocol: int, length: int) -> bytes:
 def udp(
     payload: bytes = b"", sport: int = 40000, dport: int = 9, udp_checksum: int | None = None, **below: Any
 ) -> bytes:
-    """A UDP datagram in an IPv4 frame; `udp_checksum=0` means "none", as in the protocol."""
+    """A UDP datagram in an IPv4 frame, or in IPv6 if an address is; `udp_checksum=0` means "none", as in RFC 768."""
     length = 8 + len(payload)
     if udp_checksum is None:
         segment = struct.pack("!HHHH", sport, dport, length, 0) + payload
         udp_checksum = internet_checksum(_pseudo(below, 17, length) + segment) or 0xFFFF
-    return ipv4(struct.pack("!HHHH", sport, dport, length, udp_checksum) + payload, protocol=17, **below)
+    return _ip(struct.pack("!HHHH", sport, dport, length, udp_checksum) + payload, 17, below)
 
 
 def tcp(
@@ -109,14 +143,14 @@ def tcp(
     window: int = 65535,
     **below: Any,
 ) -> bytes:
-    """A TCP segment without options in an IPv4 frame; `flags` are letters of FSRPAUEC."""
+    """A TCP segment without options in an IPv4 frame, or in IPv6 if an address is; `flags` are letters of FSRPAUEC."""
     bits = sum(1 << TCP_FLAGS.index(letter) for letter in set(flags))
 
     def segment(check: int) -> bytes:
         return struct.pack("!HHIIBBHHH", sport, dport, seq, ack, 5 << 4, bits, window, check, 0) + payload
 
     check = internet_checksum(_pseudo(below, 6, 20 + len(payload)) + segment(0))
-    return ipv4(segment(check), protocol=6, **below)
+    return _ip(segment(check), 6, below)
 
 
 def icmp_echo(payload: bytes = b"", identifier: int = 1, sequence: int = 1, reply: bool = False, **below: Any) -> bytes:

@@ -1,7 +1,8 @@
-"""The oracle of the forwarding tests: RFC 791 and RFC 1812 section 5 in plain Python, and what Linux adds to them."""
+"""The oracle of the forwarding tests in plain Python: RFC 791, RFC 1812 section 5, RFC 8200, and what Linux adds."""
 
 from __future__ import annotations
 
+import ipaddress
 import struct
 from collections.abc import Callable
 
@@ -23,9 +24,11 @@ def ones_complement(data: bytes) -> int:
 
 
 def parsed(frame: bytes) -> str:
-    """What `parse` makes of a frame: a drop, "ipv4", or "" for everything else."""
+    """What `parse` makes of a frame: a drop, "ipv4", "ipv6", or "" for everything else."""
     if len(frame) < 14:
         return "drop ethernet-truncated"
+    if frame[12:14] == b"\x86\xdd":
+        return parsed6(frame[14:])
     if frame[12:14] != b"\x08\x00":
         return ""
     ip = frame[14:]
@@ -42,8 +45,10 @@ def parsed(frame: bytes) -> str:
 def routed(frame: bytes) -> Verdict:
     """The outcome, and the frame afterwards, where one default route leads to DST from SRC with an MTU of 1500."""
     kind = parsed(frame)
+    if kind == "ipv6":
+        return routed6(frame)
     if kind != "ipv4":
-        return kind or "punt not-ipv4", frame
+        return kind or "punt not-ip", frame
     ip, header = frame[14:], frame[14] % 16 * 4
     if ones_complement(ip[:header]) != 0:
         return "drop ipv4-checksum", frame
@@ -66,6 +71,36 @@ def routed(frame: bytes) -> Verdict:
     sent[8], sent[10:12] = ttl - 1, b"\0\0"
     sent[10:12] = struct.pack("!H", ones_complement(bytes(sent)))
     return "forward", DST + SRC + frame[12:14] + bytes(sent) + ip[20:]
+
+
+def parsed6(ip: bytes) -> str:
+    """The same for what an Ethernet header says is IPv6."""
+    if len(ip) >= 20 and ip[0] >> 4 != 6:  # fewer bytes are not looked at
+        return "drop ipv6-version"
+    return "drop ipv6-truncated" if len(ip) < 40 or 40 + struct.unpack_from("!H", ip, 4)[0] > len(ip) else "ipv6"
+
+
+def routed6(frame: bytes) -> Verdict:
+    """The outcome of a sound IPv6 packet."""
+    ip, (length,), next_header, hops = frame[14:], struct.unpack_from("!H", frame, 18), frame[20], frame[21]
+    source, destination = ipaddress.IPv6Address(ip[8:24]), ipaddress.IPv6Address(ip[24:40])
+    if next_header == 0:
+        return "punt ip-options", frame
+    if source.is_multicast or source.is_loopback or source.ipv4_mapped is not None:
+        return "drop martian-source", frame
+    if destination.is_loopback:
+        return "drop martian-destination", frame
+    if destination.is_multicast:
+        return "punt multicast", frame
+    if source.is_link_local or destination.is_link_local or destination.is_unspecified:
+        return "punt link-local", frame
+    if source.is_unspecified:
+        return "drop martian-source", frame
+    if hops < 2:
+        return "punt ttl-expired", frame
+    if 40 + length > MTU:
+        return "punt fragment-needed", frame
+    return "forward", DST + SRC + frame[12:21] + bytes([hops - 1]) + frame[22:]
 
 
 @pytest.fixture(scope="session")

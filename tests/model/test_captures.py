@@ -32,7 +32,7 @@ from libfp.stages import Forward, Routes, forward, parse
 
 routes = Routes(routes=1000, next_hops=16)
 hop = Forward(1, bytes.fromhex("020000000b02"), bytes.fromhex("020000000b01"), 1500)
-routes.fib["0.0.0.0/0"] = routes.next_hops.add(hop)
+routes.fib["0.0.0.0/0"] = routes.fib6["::/0"] = routes.next_hops.add(hop)
 pipeline = Pipeline(parse, forward(routes))
 guard, size, source, target = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 frames = pickle.load(open(source, "rb"))
@@ -133,7 +133,7 @@ def test_every_packet_between_guard_pages(
 ) -> None:
     seen = check(tmp_path, captured, guard, oracle)
     assert seen["forward"] > 100
-    assert {"drop ipv4-truncated", "drop ipv4-checksum", "punt ttl-expired", "punt not-ipv4", "punt multicast"} <= set(
+    assert {"drop ipv4-truncated", "drop ipv4-checksum", "punt ttl-expired", "punt not-ip", "punt multicast"} <= set(
         seen
     )
 

@@ -15,7 +15,7 @@ from scapy.layers.l2 import Ether
 from libfp import Pipeline, stage
 from libfp.jit import store8, store16be, store32be
 from libfp.stages import Forward, Routes, forward, parse
-from libfp.testing import ethernet, ipv4
+from libfp.testing import ethernet, ipv4, ipv6
 
 pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
 
@@ -61,11 +61,41 @@ def packets(draw: Any) -> bytes:
     return frame
 
 
+address6 = st.one_of(
+    st.ip_addresses(v=6).map(str),
+    st.sampled_from(["::", "::1", "::2", "::ffff:192.0.2.1", "64:ff9b::1", "fe7f::1", "fe80::1", "febf::1", "fec0::1",
+                     "fc00::1", "ff00::", "ff02::1", "feff::1", "100::1", "2001:db8::1"]),
+)  # fmt: skip
+
+
+@st.composite
+def packets6(draw: Any) -> bytes:
+    """IPv6 packets with any one thing wrong, or nothing; cut, padded, or with bytes changed."""
+    fields: dict[str, Any] = {
+        "src": draw(address6),
+        "dst": draw(address6),
+        "hop_limit": draw(st.one_of(st.sampled_from([0, 1, 2, 64, 255]), st.integers(0, 255))),
+        "next_header": draw(st.sampled_from([0, 6, 17, 44, 58, 59])),
+        "flow_label": draw(st.integers(0, 0xFFFFF)),
+        "traffic_class": draw(st.integers(0, 255)),
+    }
+    for name, values in (("version", st.integers(0, 15)), ("payload_length", st.integers(0, 65535))):
+        if draw(st.integers(0, 9)) == 0:
+            fields[name] = draw(values)
+    frame = ipv6(bytes(draw(st.sampled_from([0, 1, 26, 1460, 1461, 2000]))), **fields)
+    change = draw(st.integers(0, 4))
+    if change == 0:
+        frame = frame[: draw(st.integers(0, len(frame)))]
+    elif change == 1:
+        frame += bytes(draw(st.integers(0, 60)))
+    return frame
+
+
 @pytest.fixture(scope="module")
 def router() -> Pipeline:
     routes = Routes(routes=1000, next_hops=16)
     hop = Forward(1, bytes.fromhex("020000000b02"), bytes.fromhex("020000000b01"), 1500)
-    routes.fib["0.0.0.0/0"] = routes.next_hops.add(hop)
+    routes.fib["0.0.0.0/0"] = routes.fib6["::/0"] = routes.next_hops.add(hop)
     return Pipeline(parse, forward(routes))
 
 
@@ -74,7 +104,7 @@ def test_router_and_oracle_agree(router: Pipeline, oracle: Oracle, guard: Any) -
     seen = set()
 
     @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-    @given(st.lists(st.one_of(packets(), st.binary(max_size=100)), min_size=1, max_size=20))
+    @given(st.lists(st.one_of(packets(), packets6(), st.binary(max_size=100)), min_size=1, max_size=20))
     def agree(frames: list[bytes]) -> None:
         for frame, outcome in zip(frames, router.run_once(frames, guard=guard), strict=True):
             expected, after = oracle(frame)
@@ -83,7 +113,8 @@ def test_router_and_oracle_agree(router: Pipeline, oracle: Oracle, guard: Any) -
             seen.add(expected)
 
     agree()
-    assert {"forward", "drop ipv4-checksum", "punt ttl-expired", "drop ipv4-version", "punt not-ipv4"} <= seen
+    assert {"forward", "drop ipv4-checksum", "punt ttl-expired", "drop ipv4-version", "punt not-ip"} <= seen
+    assert {"drop ipv6-truncated", "drop ipv6-version", "punt link-local", "drop martian-source"} <= seen
 
 
 @stage
@@ -181,3 +212,64 @@ def test_longest_match_and_actions(router: Pipeline) -> None:
     assert outcomes[2].frame == frames[2]
     assert [one.next_hop for one in outcomes] == [1, 2, 3, 4, 0, 2, 2]
     assert ethernet(b"", 0x86DD) == pipeline.run_once([ethernet(b"", 0x86DD)])[0].frame
+
+
+def test_ipv6_longest_match_and_actions_in_mixed_bursts() -> None:
+    """IPv6 packets between IPv4 ones; one that would leave the way it came is Linux's."""
+    from libfp.stages import Drop, Punt
+
+    routes = Routes(routes=1000, next_hops=16)
+    add = routes.next_hops.add
+    routes.fib6["2001:db8::/32"] = add(Forward(2, b"a" * 6, b"b" * 6, 1500))
+    routes.fib6["2001:db8:1::/48"] = add(Forward(1, b"c" * 6, b"d" * 6, 1280))
+    routes.fib6["2001:db8:1::7/128"] = add(Punt("no-neighbour"))
+    routes.fib6["2001:db8:dead::/48"] = add(Drop("blackhole"))
+    routes.fib6["2001:db8:2::/48"] = add(Forward(0, b"e" * 6, b"f" * 6, 1500))
+    routes.fib["192.0.2.0/24"] = add(Forward(1, b"4" * 6, b"f" * 6, 1500))
+    pipeline = Pipeline(parse, forward(routes))
+    expected = {
+        "2001:db8::1": ("forward", 1), "2001:db8:1::6": ("forward", 2), "2001:db8:1::7": ("punt no-neighbour", 3),
+        "2001:db8:dead::1": ("drop blackhole", 4), "2001:db8:2::1": ("punt redirect", 5),
+        "2001:db9::1": ("punt no-route", 0),
+    }  # fmt: skip
+    frames, wanted = [], []
+    for name, what in expected.items():
+        frames += [ipv6(dst=name), ipv4(dst="192.0.2.9")]
+        wanted += [what, ("forward", 6)]
+    outcomes = pipeline.run_once(frames, ports=3)
+    assert [(str(one), one.next_hop) for one in outcomes] == wanted
+    assert outcomes[2].frame[:22] == b"c" * 6 + b"d" * 6 + frames[2][12:21] + b"\x3f"
+    assert outcomes[4].frame == frames[4]
+    large = [ipv6(bytes(size), dst="2001:db8:1::8") for size in (1240, 1241)]
+    assert pipeline.run_once(large, ports=3) == ["forward", "punt fragment-needed"]
+    assert pipeline.run_once([ipv6(dst="2001:db8::1", next_header=0)], ports=3) == ["punt ip-options"]
+
+
+@stage
+def deny_hosts(packet: Any, hosts: Any) -> None:
+    if packet.is_ipv6 and packet.ipv6.src in hosts:
+        packet.drop("denied")
+    if packet.is_udp and packet.udp.dport == 53 and packet.is_ipv6 and packet.ipv6.hop_limit == 7:
+        packet.drop("dns")
+    if packet.is_icmpv6 and packet.icmp.type == 128 and packet.ipv6.flow_label == 0xABCDE:
+        packet.drop("ping")
+
+
+def test_stages_read_ipv6_headers() -> None:
+    from libfp.tables import Hash
+    from libfp.testing import udp
+
+    hosts = Hash(key="ipv6", capacity=16)
+    pipeline = Pipeline(parse, deny_hosts(hosts))
+    hosts["2001:db8::bad"] = True
+    frames = [
+        ipv6(src="2001:db8::bad"),
+        ipv6(src="2001:db8::900d"),
+        udp(dport=53, src="2001:db8::1", dst="2001:db8::2", hop_limit=7),
+        udp(dport=53, src="2001:db8::1", dst="2001:db8::2", hop_limit=8),
+        udp(dport=53, ttl=7),
+        ipv6(b"\x80" + bytes(7), next_header=58, flow_label=0xABCDE),
+        ipv6(b"\x80" + bytes(6), next_header=58, flow_label=0xABCDE),
+    ]
+    expected = ["drop denied", "pass", "drop dns", "pass", "pass", "drop ping", "pass"]
+    assert [str(one).replace("punt undecided", "pass") for one in pipeline.run_once(frames)] == expected

@@ -11,8 +11,17 @@ import pytest
 from libfp import Pipeline
 from libfp.errors import BadInput, TableFull
 from libfp.stages import Drop, Forward, Multipath, Punt, Routes, forward, parse
-from libfp.stages.routes import BUCKETS, FIELD_DPORT, FIELD_DST, FIELD_PROTOCOL, FIELD_SPORT, FIELD_SRC, share
-from libfp.testing import icmp_error, ipv4, udp
+from libfp.stages.routes import (
+    BUCKETS,
+    FIELD_DPORT,
+    FIELD_DST,
+    FIELD_LABEL,
+    FIELD_PROTOCOL,
+    FIELD_SPORT,
+    FIELD_SRC,
+    share,
+)
+from libfp.testing import icmp_error, ipv4, ipv6, udp
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,7 +35,7 @@ class Router:
         self.routes = Routes(routes=100, next_hops=256)
         self.hops = [self.routes.next_hops.add(self.path(port)) for port in range(4)]
         self.group = self.routes.next_hops.add(Multipath(tuple((hop, 1) for hop in self.hops)))
-        self.routes.fib["0.0.0.0/0"] = self.group
+        self.routes.fib["0.0.0.0/0"] = self.routes.fib6["::/0"] = self.group
         self.pipeline = Pipeline(parse, forward(self.routes))
 
     @staticmethod
@@ -38,7 +47,8 @@ class Router:
         self.routes.next_hops[self.group] = Multipath(paths)
 
     def ports(self, frames: Iterable[bytes]) -> list[Any]:
-        return [one.port for one in self.pipeline.run_once(list(frames), ports=4)]
+        """Where packets that come by a fifth port leave."""
+        return [one.port for one in self.pipeline.run_once(list(frames), port=4, ports=5)]
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +60,17 @@ def shared() -> Router:
 def router(shared: Router) -> Router:
     shared.spread(1, 1, 1, 1)
     shared.routes.set_hashing(FIELD_SRC | FIELD_DST)
+    shared.routes.set_hashing(FIELD_SRC | FIELD_DST | FIELD_PROTOCOL | FIELD_LABEL, version=6)
     shared.routes.set_port(0)
     return shared
 
 
 def by_port(count: int) -> list[bytes]:
     return [udp(b"x", sport=10_000 + k, dport=53) for k in range(count)]
+
+
+def by_label(count: int) -> list[bytes]:
+    return [ipv6(flow_label=k) for k in range(count)]
 
 
 def by_address(count: int) -> list[bytes]:
@@ -171,3 +186,20 @@ def test_shares_move_no_more_than_they_must() -> None:
     assert sum(before != after) == BUCKETS // 4
     assert share([(7, 1)])[0] == 7
     assert sorted(Counter(share([(1, 1), (2, 65536)]).tolist()).values()) == [BUCKETS], "a weight too small to show"
+
+
+def test_ipv6_flows_spread_by_label_and_by_ports(router: Router) -> None:
+    found = router.ports(by_label(1000))
+    assert all(190 < count < 310 for count in Counter(found).values()), Counter(found)
+    flows = [udp(src=f"2001:db8::{k:x}", dst="2001:db8:2::2") for k in range(1, 100)]
+    about = [ipv6(b"\2\0" + bytes(6) + flow[14:], src="2001:db8:7::1", next_header=58) for flow in flows]
+    assert router.ports(flows) == router.ports(about), "an error goes the way of the flow it is about"
+    router.routes.set_hashing(L4, version=6)
+    assert len(set(router.ports(by_label(100)))) == 1
+    there = [udp(src="2001:db8::1", dst="2001:db8::2", sport=k, dport=443) for k in range(1, 1001)]
+    back = [udp(src="2001:db8::2", dst="2001:db8::1", sport=443, dport=k) for k in range(1, 1001)]
+    found = router.ports(there)
+    assert found == router.ports(back)
+    assert all(190 < count < 310 for count in Counter(found).values()), Counter(found)
+    pieces = [ipv6(bytes([17, 0, 0, k]) + bytes(range(k, k + 60)), next_header=44) for k in range(100)]
+    assert len(set(router.ports(pieces))) == 1, "fragments hash on addresses"
