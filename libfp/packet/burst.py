@@ -5,6 +5,7 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     0     count     live packets: entries 0..count-1
     8     base      address of the UMEM's frame 0
     16    port      the port they arrived on
+    24    flag      scratch within one stage
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
     832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header without options, 0x14: one with
@@ -42,7 +43,7 @@ from libfp.packet.headers import (
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PORT_MASK, PUNT, reason_code
 
 BURST = 64
-FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
+FLAG, FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 24, 64, 576, 832, 1088, 1344, 1600, 1856
 WIDE, PICKED, FOUND = 2368, 3392, 3648
 SIZE = 3904
 

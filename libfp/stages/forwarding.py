@@ -10,6 +10,7 @@ from libfp.jit import (
     kernel,
     load8,
     load32,
+    load32be,
     load64,
     prefetch,
     shr64,
@@ -19,6 +20,7 @@ from libfp.jit import (
     unlikely,
 )
 from libfp.packet.burst import (
+    FLAG,
     FRAME,
     KEY,
     KIND,
@@ -64,10 +66,11 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     follow. Linux sends the ICMP errors.
     """
     at, n, base = burst.at, burst.count, burst.base
-    checks, sources, six = routes.checks(burst.port), routes.sources, 0
+    checks, sources = routes.checks(burst.port), routes.sources
+    store64(at + FLAG, 0)
     for i in range(n):
         if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
-            six += check_other(burst, i)
+            check_other(burst, i)
             continue
         ip = base + load64(at + FRAME + 8 * i) + _IP
         low, high, last = load64(ip), load64(ip + 8), load32(ip + 16)
@@ -79,7 +82,7 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         store32(at + KEY + 4 * i, destination)
         unusual = is_unusual(sources, shr64(high, 32), last) | checks & CHECK_SOURCES
         if unlikely(unusual != 0) or unlikely((high & 0xFF) < 2):
-            check_unusual(burst, i, routes, destination, bswap32(shr64(high, 32)), high & 0xFF, checks)
+            check_unusual(burst, i, routes)
     for i in range(n):
         store32(at + NEXT_HOP + 4 * i, routes.fib.seek(load32(at + KEY + 4 * i)))
     hops, most, hits, epoch = routes.hops, routes.capacity, routes.hits, routes.epoch
@@ -90,7 +93,7 @@ def forward(burst: Burst, routes: RoutesView) -> None:
             hop = 0  # no such next hop: as if there were no route
         prefetch(hops + HOP_SIZE * hop)
         store32(at + NEXT_HOP + 4 * i, hop)
-    if unlikely(six != 0):
+    if unlikely(load64(at + FLAG) != 0):
         forward6(burst, routes)  # which leaves no packet of its own to the rest
     for i in range(n):
         if unlikely(load32(at + VERDICT + 4 * i) != 0):
@@ -126,13 +129,13 @@ def is_special_source(address: int) -> bool:
 
 
 @kernel
-def check_unusual(
-    burst: Burst, i: int, routes: RoutesView, destination: int, source: int, ttl: int, checks: int
-) -> None:
+def check_unusual(burst: Burst, i: int, routes: RoutesView) -> None:
     """The verdict, if there is one, on a packet whose addresses or TTL want a closer look; in the order Linux looks.
 
     Class E (240/4) is routed, as by Linux.
     """
+    ip = burst.data(i) + _IP
+    ttl, source, destination = load8(ip + 8), load32be(ip + 12), load32be(ip + 16)
     first = destination >> 24
     if is_special_source(source):
         burst.drop(i, "martian-source")
@@ -142,23 +145,22 @@ def check_unusual(
         burst.drop(i, "martian-destination")
     elif first >= 224 and first < 240:
         burst.punt(i, "multicast")
-    elif source_is_valid(burst, i, routes, source, checks) and ttl < 2:
+    elif source_is_valid(burst, i, routes, source, routes.checks(burst.port)) and ttl < 2:
         burst.punt(i, "ttl-expired")
 
 
 @kernel
-def check_other(burst: Burst, i: int) -> int:
-    """1 for IPv6. All else that is no plain IPv4 goes to Linux, but for options whose header has a wrong checksum."""
+def check_other(burst: Burst, i: int) -> None:
+    """What is no plain IPv4 goes to Linux, but for IPv6, and for options whose header has a wrong checksum."""
     ip, kind = burst.data(i) + _IP, load32(burst.at + KIND + 4 * i)
     if kind == KIND_IPV6:
-        return 1
-    if kind == KIND_IPV4_OPTIONS and checksum(ip, (load8(ip) & 15) << 2) != 0:
+        store64(burst.at + FLAG, 1)
+    elif kind == KIND_IPV4_OPTIONS and checksum(ip, (load8(ip) & 15) << 2) != 0:
         burst.drop(i, "ipv4-checksum")
     elif kind in (KIND_IPV4_OPTIONS, KIND_IPV6_OPTIONS):
         burst.punt(i, "ip-options")
     else:
         burst.punt(i, "not-ip")
-    return 0
 
 
 @kernel

@@ -24,7 +24,10 @@ from libfp.stages.routes import (
     RoutesView,
 )
 
-_SCTP, _DCCP, _UDPLITE = 132, 33, 136
+# As sets of bits: a chain of comparisons may become a jump by way of a table.
+_WITH_PORTS = 1 << TCP | 1 << UDP | 1 << 33  # DCCP
+_WITH_PORTS_128 = 1 << 132 - 128 | 1 << 136 - 128  # SCTP, UDP-Lite
+_ERRORS = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 11 | 1 << 12
 _PORTS = FIELD_SPORT | FIELD_DPORT
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _FRAGMENT = 0xFF3F  # more fragments, or an offset: the 16 bits as the machine loads them
@@ -57,21 +60,21 @@ def path_of(ip: int, routes: RoutesView, run: int) -> int:
     if load8(ip) >> 4 == 6:
         key = flow6(ip, load64(routes.hashing + 48))
     else:
-        key = flow4(ip, load64(routes.hashing + 32))
+        key = flow4(ip, ip + load16be(ip + 2), load64(routes.hashing + 32))
     return load32(routes.hops + HOP_SIZE * run + 4 * (mix(key, seed) & BUCKETS - 1))
 
 
 @kernel
-def flow4(ip: int, fields: int) -> int:
+def flow4(ip: int, end: int, fields: int) -> int:
     """A number for the flow of the sound IPv4 packet at `ip`."""
     protocol, l4, at = load8(ip + 9), ip + ((load8(ip) & 15) << 2), ip
     if load16(ip + 6) & _FRAGMENT != 0:
         fields &= FIELD_SRC | FIELD_DST
-    elif protocol == ICMP and fields & _PORTS == 0 and _is_error(l4, ip + load16be(ip + 2) - 20):
+    elif protocol == ICMP and fields & _PORTS == 0 and _is_error(l4, end - 20):
         at = l4 + 8 if load8(l4 + 8) >> 4 == 4 else ip
     source = load32(at + 12) if fields & FIELD_SRC else 0
     destination = load32(at + 16) if fields & FIELD_DST else 0
-    return _both(source, destination) ^ _upper(fields, protocol, l4, ip + load16be(ip + 2))
+    return _both(source, destination) ^ _upper(fields, protocol, l4, end)
 
 
 @kernel
@@ -94,7 +97,8 @@ def flow6(ip: int, fields: int) -> int:
 def _upper(fields: int, protocol: int, l4: int, end: int) -> int:
     """Protocol and ports, as far as they belong to the flow."""
     key = protocol << 56 if fields & FIELD_PROTOCOL else 0
-    if fields & _PORTS != 0 and protocol in (TCP, UDP, _SCTP, _DCCP, _UDPLITE) and l4 + 4 <= end:
+    known = _WITH_PORTS if protocol < 64 else _WITH_PORTS_128 if protocol >> 6 == 2 else 0
+    if fields & _PORTS != 0 and shr64(known, protocol & 63) & 1 != 0 and l4 + 4 <= end:
         source, destination = load16be(l4), load16be(l4 + 2)
         key ^= mul64(_both(source if fields & FIELD_SPORT else 0, destination if fields & FIELD_DPORT else 0), _ODD)
     return key
@@ -106,7 +110,7 @@ def _is_error(l4: int, end: int) -> bool:
     if l4 + 8 > end:
         return False
     kind = load8(l4)
-    return kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12
+    return kind < 64 and shr64(_ERRORS, kind) & 1 != 0
 
 
 @kernel

@@ -16,7 +16,7 @@ from libfp import BadInput, NotCacheable, Pipeline, stage
 from libfp.engine.pipeline import Outcome
 from libfp.jit import BOUNDSCHECK, INTERPRETED
 from libfp.stages import parse
-from libfp.testing import ethernet, icmp_echo, ipv4, tcp, udp
+from libfp.testing import ethernet, icmp_echo, ipv4, ipv6, tcp, udp
 
 pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
 
@@ -110,7 +110,7 @@ def test_bound_constants(probe: SimpleNamespace, actions: SimpleNamespace) -> No
 
 
 def test_bound_tables(probe: SimpleNamespace) -> None:
-    packets = [udp(src="192.0.2.7"), udp(src="192.0.2.8"), icmp_echo(src="192.0.2.7"), ethernet(b"", 0x86DD)]
+    packets = [udp(src="192.0.2.7"), udp(src="192.0.2.8"), icmp_echo(src="192.0.2.7"), ethernet(b"", 0x88B5)]
     assert probe.pipeline.run_once(packets) == ["pass"] * 4
     probe.blocked["192.0.2.7"] = True
     assert probe.pipeline.run_once(packets) == ["drop blocked", "pass", "drop blocked", "pass"]
@@ -174,7 +174,10 @@ MALFORMED = {
     "total length 19": (ipv4(total_length=19), "drop ipv4-header-length"),
     "total length beyond the frame": (ipv4(total_length=21), "drop ipv4-truncated"),
     "total length 65535": (ipv4(total_length=65535), "drop ipv4-truncated"),
-    "IPv6": (ethernet(bytes(40), 0x86DD), "pass"),
+    "IPv6": (ipv6(), "pass"),
+    "IPv6 of another version": (ipv6(version=5), "drop ipv6-version"),
+    "IPv6 cut": (ipv6()[:-1], "drop ipv6-truncated"),
+    "another protocol": (ethernet(bytes(40), 0x88B5), "pass"),
     "ARP": (ethernet(bytes(28), 0x0806), "pass"),
     "tagged": (udp(vlan=5), "pass"),
     "length field below 1536": (ethernet(bytes(50), 46), "pass"),
@@ -201,7 +204,11 @@ L4 = {
     "icmp": (icmp_echo(), "icmp"),
     "icmp of 7 bytes": (ipv4(bytes(7), protocol=1), ""),
     "other": (ipv4(bytes(40), protocol=47), ""),
-    "IPv6": (ethernet(bytes(60), 0x86DD), ""),
+    "neither": (ethernet(bytes(60), 0x88B5), ""),
+    "IPv6 udp": (udp(src="2001:db8::1", dst="2001:db8::2"), "udp"),
+    "IPv6 udp of 7 bytes, padded": (ipv6(bytes(7), next_header=17, pad=90), ""),
+    "IPv6 tcp": (tcp(src="2001:db8::1", dst="2001:db8::2"), "tcp"),
+    "IPv6 fragment": (ipv6(bytes(20), next_header=44), ""),
 }
 
 
