@@ -2,7 +2,7 @@
  * round, the first burst of them again at the end) in bursts, each side in its own thread. The consumer returns the ticks from the meeting to the last element.
  *
  * cdef
-struct rte_ring *ring_create(unsigned size, int multi);
+struct rte_ring *ring_create(const char *name, unsigned size, int multi);
 void ring_free(struct rte_ring *ring);
 void ring_produce(struct rte_ring *ring, int multi, const uint64_t *source, uint64_t mask, uint64_t total,
                   unsigned burst, uint64_t *words);
@@ -11,9 +11,9 @@ uint64_t ring_consume(struct rte_ring *ring, int multi, uint64_t total, unsigned
 #include "peers.h"
 #include <rte_ring.h>
 
-struct rte_ring *ring_create(unsigned size, int multi)
+struct rte_ring *ring_create(const char *name, unsigned size, int multi)
 {
-    return rte_ring_create("bench", size, SOCKET_ID_ANY, multi ? 0 : RING_F_SP_ENQ | RING_F_SC_DEQ);
+    return rte_ring_create(name, size, SOCKET_ID_ANY, multi ? 0 : RING_F_SP_ENQ | RING_F_SC_DEQ);
 }
 
 void ring_free(struct rte_ring *ring) { rte_ring_free(ring); }

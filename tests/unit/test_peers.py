@@ -71,7 +71,7 @@ def main() -> int:
     source, words, out = np.arange(16 + 8, dtype=np.uint64) % 16, Arena(256), ffi.new("uint64_t *")
     at = ffi.cast("uint64_t *", source.ctypes.data)
     for multi in (0, 1):
-        ring, place = lib.ring_create(64, multi), ffi.cast("uint64_t *", words.address)
+        ring, place = lib.ring_create(b"test", 64, multi), ffi.cast("uint64_t *", words.address)
         words.words[:] = 0
         thread = threading.Thread(target=lib.ring_produce, args=(ring, multi, at, 15, 1024, 8, place))
         thread.start()
