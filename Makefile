@@ -1,5 +1,6 @@
 # make demo   a client, a router and a server in namespaces, real traffic through `fp router` (ARGS="--json --seconds 5")
 # make test   every test (ARGS="-k lpm -x"); those that need root are skipped with that reason otherwise
+# make stress the stress tests with 10^8 elements where `make test` has 10^6 (COUNT=1000000000 for more)
 # make lint   ruff and mypy
 # make bench  NAME=forward, or all of them
 # The virtual environment .venv is made by the first command that needs it.
@@ -9,18 +10,22 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 NAME ?=
+COUNT ?= 100000000
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test stress lint format bench clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 demo: $(VENV)/.ready
 	@$(RUN) -m libfp demo $(ARGS)
 
 test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest $(ARGS)
+
+stress: $(VENV)/.ready-dev
+	@LIBFP_STRESS=$(COUNT) $(RUN) -m pytest -m stress $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

@@ -15,6 +15,7 @@ from libfp.errors import BadInput, Error
 #: Name -> module with ``cases()``.
 BENCHES = {
     "forward": "the full IPv4 forwarding compute: stages against one flat kernel",
+    "ring": "rings between two cores, beside DPDK's rte_ring",
     "start": "from the command to the first forwarded packet, and to `fp --help`",
     "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",
 }

@@ -67,5 +67,13 @@ class NotCacheable(Error):
     """A stage reads a global or binds an object that cannot be part of a compiled pipeline."""
 
 
+class PeerGone(Error):
+    """The process at the other end of a shared ring has ended, or has not come yet."""
+
+
+class PeerLied(Error):
+    """The process at the other end of a shared ring has stored an index that cannot be."""
+
+
 class BadInput(Error):
     """A file, an address, a filter or an argument that does not parse."""

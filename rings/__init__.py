@@ -1,5 +1,8 @@
 """Lockless rings: one file per ring."""
 
+from libfp.rings.mpmc import Mpmc, MpmcView
+from libfp.rings.mpsc import Mpsc, MpscView
+from libfp.rings.shared import SharedSpsc
 from libfp.rings.spsc import Spsc, SpscView
 
-__all__ = ["Spsc", "SpscView"]
+__all__ = ["Mpmc", "MpmcView", "Mpsc", "MpscView", "SharedSpsc", "Spsc", "SpscView"]

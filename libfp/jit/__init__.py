@@ -7,9 +7,11 @@ every access checked; with ``LIBFP_BOUNDSCHECK=1`` compiled code checks too.
 from libfp.jit.atomics import (
     compare_and_swap64,
     fetch_add64,
+    load_acquire8,
     load_acquire32,
     load_acquire64,
     pause,
+    store_release8,
     store_release32,
     store_release64,
 )
@@ -17,7 +19,7 @@ from libfp.jit.cache import entry
 from libfp.jit.clock import clock, clock_hz
 from libfp.jit.memory import Arena
 from libfp.jit.native import constant, native, word
-from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, inline, kernel
 from libfp.jit.raw import (
     bswap16,
     bswap32,
@@ -25,6 +27,7 @@ from libfp.jit.raw import (
     call,
     clear128,
     copy,
+    copy64,
     ctz64,
     load8,
     load16,
@@ -38,6 +41,7 @@ from libfp.jit.raw import (
     mulhi64,
     popcount64,
     prefetch,
+    prefetch_write,
     shl64,
     shr64,
     store8,
@@ -66,8 +70,10 @@ __all__ = [
     "compare_and_swap64",
     "constant",
     "copy",
+    "copy64",
     "ctz64",
     "entry",
+    "inline",
     "fetch_add64",
     "kernel",
     "load8",
@@ -78,6 +84,7 @@ __all__ = [
     "load32be",
     "load64",
     "load64be",
+    "load_acquire8",
     "load_acquire32",
     "load_acquire64",
     "mul64",
@@ -86,6 +93,7 @@ __all__ = [
     "pause",
     "popcount64",
     "prefetch",
+    "prefetch_write",
     "shl64",
     "shr64",
     "store8",
@@ -94,6 +102,7 @@ __all__ = [
     "store32",
     "store32be",
     "store64",
+    "store_release8",
     "store_release32",
     "store_release64",
     "u32",

@@ -43,7 +43,7 @@ from numba.extending import (
     unbox,
 )
 
-from libfp.jit.policy import BOUNDSCHECK, INTERPRETED
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, options
 
 C = TypeVar("C", bound=type)
 
@@ -221,7 +221,7 @@ class _Compiled:
         function = _bare(annotated)
         scope = {"function": function}
         exec(f"def resolve{_parameters(function)}: return function", scope)
-        overload_method(self.kind, name, jit_options=_COMPILE)(scope["resolve"])
+        overload_method(self.kind, name, jit_options=_COMPILE | options(annotated))(scope["resolve"])
         if name in _OPERATORS:
             kind, arguments = self.kind, ", ".join(inspect.signature(function).parameters)
             scope = {"kind": kind, "isinstance": isinstance}

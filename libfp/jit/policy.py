@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from numba.core import types
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: The plain-Python mode (``NUMBA_DISABLE_JIT=1``): every stage, table and ring runs interpreted, with checked memory.
 INTERPRETED = bool(numba.config.DISABLE_JIT)
@@ -27,6 +29,20 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+def inline(function: F) -> F:
+    """Have the compiler put this kernel, or method of a native class, into its callers, however long it is.
+
+    For what a loop calls for each element, where passing the arguments takes as long as the work. Below `kernel`.
+    """
+    function.forceinline = True  # type: ignore[attr-defined]
+    return function
+
+
+def options(function: Callable[..., Any]) -> dict[str, Any]:
+    """What `function` itself asks of numba."""
+    return {"forceinline": True} if getattr(function, "forceinline", False) else {}
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` for the hot path.
 
@@ -35,7 +51,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     """
     if INTERPRETED:
         return function
-    return _lean(numba.njit(**_OPTIONS)(function), numba.njit(no_cpython_wrapper=True, **_OPTIONS)(function))
+    own = _OPTIONS | options(function)
+    return _lean(numba.njit(**own)(function), numba.njit(no_cpython_wrapper=True, **own)(function))
 
 
 def _lean(dispatcher: Any, inner: Any) -> Any:

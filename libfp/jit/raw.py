@@ -52,6 +52,7 @@ def _trap(address: int, size: int) -> None:
 
 
 CLEARED = 128  # bytes that `clear128` zeroes
+LINE = 64  # bytes that `copy64` copies
 _REGIONS, _HALF = memory.regions.ctypes.data, 8 * memory.REGION_HALF
 
 
@@ -209,6 +210,24 @@ def copy(target: int, source: int, size: int) -> None:
     ctypes.memmove(target, source, size)
 
 
+def _emit_copy64(context: Any, builder: Any, target: Any, source: Any) -> None:
+    if BOUNDSCHECK:
+        for one in (target, source):
+            guard(context, builder, one, ir.Constant(I64, LINE))
+    pointer = I8.as_pointer()
+    memcpy = declare(builder, "llvm.memcpy.inline.p0.p0.i64", ir.VoidType(), pointer, pointer, I64, ir.IntType(1))
+    size, plain = ir.Constant(I64, LINE), ir.Constant(ir.IntType(1), 0)
+    builder.call(memcpy, [builder.inttoptr(target, pointer), builder.inttoptr(source, pointer), size, plain])
+
+
+@primitive(_emit_copy64, void=True)
+def copy64(target: int, source: int) -> None:
+    """Copy 64 bytes: a few wide loads and stores, never a call; the two must not overlap."""
+    memory.check(target, LINE)
+    memory.check(source, LINE)
+    ctypes.memmove(target, source, LINE)
+
+
 def _emit_clear(context: Any, builder: Any, address: Any) -> None:
     if BOUNDSCHECK:
         guard(context, builder, address, ir.Constant(I64, CLEARED))
@@ -225,16 +244,24 @@ def clear128(address: int) -> None:
     ctypes.memset(address, 0, CLEARED)
 
 
-def _emit_prefetch(context: Any, builder: Any, address: Any) -> None:
-    pointer = I8.as_pointer()
-    prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32, I32, I32)
-    read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
-    builder.call(prefetch, [builder.inttoptr(address, pointer), read, keep, data])
+def _prefetcher(write: int) -> Any:
+    def emit(context: Any, builder: Any, address: Any) -> None:
+        pointer = I8.as_pointer()
+        prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32, I32, I32)
+        keep, data = ir.Constant(I32, 3), ir.Constant(I32, 1)
+        builder.call(prefetch, [builder.inttoptr(address, pointer), ir.Constant(I32, write), keep, data])
+
+    return primitive(emit, void=True)
 
 
-@primitive(_emit_prefetch, void=True)
+@_prefetcher(0)
 def prefetch(address: int) -> None:
     """Ask for the cache line of `address`. Never faults."""
+
+
+@_prefetcher(1)
+def prefetch_write(address: int) -> None:
+    """Ask for the cache line of `address` to be this core's alone, as a store will want it. Never faults."""
 
 
 @primitive(lambda context, builder, value: builder.zext(builder.bswap(builder.trunc(value, I16)), I64))

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from libfp import Pipeline, stage
-from libfp.jit import INTERPRETED, call, fetch_add64, native, word
+from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
+from libfp.rings import Mpmc, Mpsc, Spsc
 from libfp.stages import Routes, forward, parse
 from libfp.tables import Hash
-from libfp.testing.machine_code import Report, check, check_loop
+from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -176,6 +177,60 @@ def test_memory_of_pythons_is_refused_by_the_compiler() -> None:
 
     with pytest.raises(Exception, match=r"No implementation of function Function.<built-in function empty>"):
         check_loop(Pipeline(allocates))
+
+
+@kernel
+def _whole_spsc(ring, at):  # type: ignore[no-untyped-def]
+    """Every call of both sides."""
+    done = ring.enqueue_burst(at, 4) + ring.enqueue_bulk(at, 4) + ring.dequeue_burst(at, 4) + ring.dequeue_bulk(at, 4)
+    granted = ring.reserve(3)
+    for i in range(granted):
+        store64(ring.slot(i), i)
+    ring.commit(granted)
+    there = ring.peek(3)
+    for i in range(there):
+        done += load64(ring.item(i))
+    ring.release(there)
+    return done + len(ring) + ring.passed(ring.written())
+
+
+@kernel
+def _consumer(ring, at):  # type: ignore[no-untyped-def]
+    """Every call of the consumer."""
+    done = ring.dequeue_burst(at, 4) + ring.dequeue_bulk(at, 4)
+    there = ring.peek(3)
+    for i in range(there):
+        done += load64(ring.item(i))
+    ring.release(there)
+    return done + len(ring)
+
+
+@kernel
+def _producer(ring, at):  # type: ignore[no-untyped-def]
+    return ring.enqueue_burst(at, 4)
+
+
+@kernel
+def _dequeuer(ring, at):  # type: ignore[no-untyped-def]
+    return ring.dequeue_burst(at, 4)
+
+
+@pytest.mark.parametrize("element", [8, 16])
+@pytest.mark.parametrize(("ring", "calls"), [(Spsc, _whole_spsc), (Mpsc, _consumer)])
+def test_rings_between_two_and_the_one_consumer_lock_nothing(ring: Any, calls: Any, element: int) -> None:
+    report = check(*compile_afresh(calls, (ring(64, element=element).view, 0)))
+    assert report.findings == ()
+    assert report.indirect == 0, report.where
+    assert report.calls == set(), "copies are loops"
+
+
+@pytest.mark.parametrize(("ring", "calls"), [(Mpsc, _producer), (Mpmc, _producer), (Mpmc, _dequeuer)])
+def test_many_claim_by_a_locked_instruction_and_call_nothing(ring: Any, calls: Any) -> None:
+    """Which shows that the reader gets to where a lock would be."""
+    report = check(*compile_afresh(calls, (ring(64).view, 0)))
+    assert report.findings
+    assert all("lock" in one and "cmpxchg" in one for one in report.findings), report.findings
+    assert (report.indirect, report.calls) == (0, set())
 
 
 # The reader, on assembly by hand.

@@ -133,9 +133,21 @@ def test_copy() -> None:
 
 
 @pytest.mark.parametrize("address", [0, 1, -1, 1 << 47])
-def test_prefetch_never_faults(address: int) -> None:
-    assert compiled(jit.prefetch)(address) is None
-    assert jit.prefetch(address) is None
+@pytest.mark.parametrize("function", [jit.prefetch, jit.prefetch_write], ids=lambda f: f.__name__)
+def test_prefetch_never_faults(function: Callable[[int], None], address: int) -> None:
+    assert compiled(function)(address) is None
+    assert function(address) is None
+
+
+def test_copy64_copies_a_line_and_nothing_else() -> None:
+    source, target = jit.Arena(64, flush_end=True), jit.Arena(80)
+    source.buffer[:] = bytes(range(1, 65))
+    for function in (jit.copy64, compiled(jit.copy64)):
+        target.buffer[:] = bytes(80)
+        function(target.address + 8, source.address)
+        assert bytes(target.buffer) == bytes(8) + bytes(range(1, 65)) + bytes(8)
+    with pytest.raises(IndexError):
+        jit.copy64(target.address, source.address + 8)
 
 
 def test_call() -> None:
@@ -172,8 +184,8 @@ def test_values_of_other_widths_are_widened() -> None:
     assert mixed(True) == 15 + 1 + 0xFFFFFFFF
 
 
-ATOMIC_LOADS = {jit.load_acquire32: "<I", jit.load_acquire64: "<q"}
-ATOMIC_STORES = {jit.store_release32: "<I", jit.store_release64: "<Q"}
+ATOMIC_LOADS = {jit.load_acquire8: "<B", jit.load_acquire32: "<I", jit.load_acquire64: "<q"}
+ATOMIC_STORES = {jit.store_release8: "<B", jit.store_release32: "<I", jit.store_release64: "<Q"}
 
 
 @pytest.mark.parametrize("function", ATOMIC_LOADS, ids=lambda f: f.__name__)

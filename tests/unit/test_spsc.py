@@ -1,56 +1,13 @@
-"""`libfp.rings.Spsc` from one thread: what each call does, at every edge, also where the 32-bit indexes wrap."""
+"""`libfp.rings.Spsc` in place and by its marks; what all rings have in common is in `test_rings`."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from libfp.errors import BadInput
 from libfp.jit import kernel, load64, store64
 from libfp.rings import Spsc
-from libfp.testing.tables import check_ring
 
 WRAP = 1 << 32
-
-
-@pytest.mark.parametrize("element", [8, 16])
-@pytest.mark.parametrize("size", [2, 4, 8, 64])
-@pytest.mark.parametrize("start", [0, WRAP - 3])
-def test_against_a_deque(size, element, start):
-    check_ring(Spsc(size, element=element, start=start), seed=size + element, steps=150)
-
-
-@pytest.mark.parametrize("size", [0, 1, 3, 6, -4, 1 << 32])
-def test_refuses_sizes(size):
-    with pytest.raises(BadInput, match="power of two"):
-        Spsc(size)
-
-
-def test_refuses_elements():
-    with pytest.raises(BadInput, match="8 or 16"):
-        Spsc(4, element=4)
-    with pytest.raises(BadInput, match="shape"):
-        Spsc(4, element=16).enqueue_burst(np.arange(3))
-    with pytest.raises(BadInput, match="shape"):
-        Spsc(4).enqueue_burst(np.ones((2, 2), np.int64))
-
-
-def test_bulk_is_all_or_none_and_burst_what_fits():
-    ring = Spsc(4)
-    assert ring.enqueue_bulk(range(5)) == 0
-    assert ring.enqueue_burst(range(5)) == 4
-    assert ring.enqueue(9) is False
-    assert ring.dequeue_bulk(5).tolist() == []
-    assert ring.dequeue_burst(5).tolist() == [0, 1, 2, 3]
-    assert ring.dequeue() is None
-
-
-def test_values_of_64_bits():
-    ring = Spsc(4)
-    ring.enqueue(-1)
-    ring.enqueue((1 << 64) - 1)
-    ring.enqueue_burst(np.array([1 << 63], np.uint64))
-    assert ring.dequeue_burst(4).tolist() == [-1, -1, -(1 << 63)]
 
 
 @kernel
