@@ -216,15 +216,15 @@ def huge_pages(host: Host, nbytes: int) -> Iterator[str | None]:
     """
     pages = -(-nbytes // HUGE_PAGE)
     with tempfile.TemporaryDirectory(prefix="libfp-huge-") as folder, contextlib.ExitStack() as undo:
-        added = _add_pages(pages)
-        undo.callback(_add_pages, -added)
+        added = add_pages(pages)
+        undo.callback(add_pages, -added)
         mounted = added == pages and host.call(_mount, folder)
         if mounted:
             undo.callback(host.call, _unmount, folder)
         yield folder if mounted else None
 
 
-def _add_pages(count: int) -> int:
+def add_pages(count: int) -> int:
     """Change the system's number of 2 MiB pages by `count`; by how many it has changed."""
     setting = Path("/proc/sys/vm/nr_hugepages")
     with contextlib.suppress(OSError):
