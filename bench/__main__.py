@@ -15,6 +15,8 @@ from libfp.errors import BadInput, Error
 #: Name -> module with ``cases()``.
 BENCHES = {
     "forward": "the full IPv4 forwarding compute: stages against one flat kernel",
+    "lpm4": "IPv4 lookups and the bulk build, beside rte_lpm and rte_fib",
+    "lpm6": "IPv6 lookups, beside rte_fib6",
     "ring": "rings between two cores, beside DPDK's rte_ring",
     "start": "from the command to the first forwarded packet, and to `fp --help`",
     "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",

@@ -24,9 +24,9 @@ class Lpm(Table, MutableMapping[Any, int]):
     BITS: ClassVar[int]
     EXAMPLE: ClassVar[str]
     MOST: ClassVar[int]
-    Network: ClassVar[type[Any]]
-    Address: ClassVar[type[Any]]
-    _update: ClassVar[Any]  # the module of compiled `change`, `apply` and `load`
+    Network: Any
+    Address: Any
+    _update: Any  # the module of compiled `change`, `apply` and `load`
 
     def __init__(self, capacity: int) -> None:
         if not 0 < capacity <= self.MOST:

@@ -21,14 +21,28 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import BadInput
-from libfp.jit import load32, load64, native, popcount64, prefetch, shl64, store32, unlikely, word
+from libfp.jit import (
+    BOUNDSCHECK,
+    ctz64,
+    load32,
+    load64,
+    native,
+    popcount64,
+    prefetch,
+    shl64,
+    store32,
+    unlikely,
+    without_lowest64,
+    word,
+)
 from libfp.tables import lpm4_update
+from libfp.tables.lanes import LANES
 from libfp.tables.lpm import Lpm
 from libfp.tables.lpm4_slot import BLOCKS, SCRATCH, SCRATCH_BYTES
+from libfp.tables.lpm4_vector import lookup8
 from libfp.tables.words import Words
 
 _SLOTS = 64  # byte offset of the slots
-_SPREAD = 16  # how many keys ahead `lookup_burst` asks for memory
 
 
 @native
@@ -75,19 +89,21 @@ class Lpm4View:
         base = load64(self.cell)
         if unlikely(at & 1):
             return self.lookup(key)
-        value = load32(base + at)
-        return value if value else load32(base)
+        value, default = load32(base + at), load32(base)
+        return value if value else default
 
     def lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
         """`lookup` of `count` addresses (u32, host order) at `keys`; the values (u32) go to `results`."""
-        for i in range(min(count, _SPREAD)):
-            self.prefetch(load32(keys + 4 * i))
-        for i in range(count):
-            if i + _SPREAD < count:
-                self.prefetch(load32(keys + 4 * (i + _SPREAD)))
-            store32(results + 4 * i, self.seek(load32(keys + 4 * i)))
-        for i in range(count):
-            store32(results + 4 * i, self.value_at(load32(results + 4 * i), load32(keys + 4 * i)))
+        base = load64(self.cell)
+        whole = 0 if BOUNDSCHECK else count & ~(LANES - 1)  # vectors are not checked
+        for i in range(0, whole, LANES):
+            deep = lookup8(base, keys + 4 * i, results + 4 * i)
+            while unlikely(deep != 0):
+                one = i + ctz64(deep)
+                deep = without_lowest64(deep)
+                store32(results + 4 * one, self.lookup(load32(keys + 4 * one)))
+        for i in range(whole, count):
+            store32(results + 4 * i, self.lookup(load32(keys + 4 * i)))
 
 
 class Lpm4(Lpm):
@@ -103,7 +119,8 @@ class Lpm4(Lpm):
     """
 
     VERSION, BITS, MOST, EXAMPLE = 4, 32, 1 << 24, "192.0.2.0/24"
-    Network, Address, _update = ipaddress.IPv4Network, ipaddress.IPv4Address, lpm4_update
+    Network, Address = ipaddress.IPv4Network, ipaddress.IPv4Address
+    _update = lpm4_update
 
     def __init__(self, capacity: int = 1 << 20) -> None:
         super().__init__(capacity)

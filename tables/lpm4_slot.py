@@ -22,7 +22,7 @@ STACK, _MIDDLE, _DEEP = 0, 4096, 6144  # byte offsets in the scratch memory
 _SHAPE, _LEAVES, _LEFT = 8192, 8256, 9216
 SCRATCH_BYTES = 12288
 
-_DEEPER = 1  # bit 0 of a slot's second word: some leaves are blocks
+DEEPER = 1  # bit 0 of a slot's second word: some leaves are blocks
 
 
 @kernel
@@ -117,14 +117,14 @@ def _deep(block, node, value, old):  # type: ignore[no-untyped-def]
 @kernel
 def _slot_leaf(bitmap, second, i):  # type: ignore[no-untyped-def]
     """The byte offset of the leaf of the `i`-th /24 of a slot."""
-    return (second & ~_DEEPER) + 4 * popcount64(shl64(bitmap, 63 - i))
+    return (second & ~DEEPER) + 4 * popcount64(shl64(bitmap, 63 - i))
 
 
 @kernel
 def _old_deep(block, slot, i):  # type: ignore[no-untyped-def]
     """The deep block that the `i`-th /24 of a slot has now, or 0."""
     bitmap, second = get(block, SLOTS + 2 * slot), get(block, SLOTS + 2 * slot + 1)
-    if second & _DEEPER == 0:
+    if second & DEEPER == 0:
         return 0
     if shl64(get(block, ((second + 3) >> 3) - 1), 63 - i) >= 0:
         return 0
@@ -134,7 +134,7 @@ def _old_deep(block, slot, i):  # type: ignore[no-untyped-def]
 @kernel
 def _free_slot(block, bitmap, second):  # type: ignore[no-untyped-def]
     """Free the block of a slot that had these two words; deep blocks apart."""
-    deeper = second & _DEEPER
+    deeper = second & DEEPER
     offset = ((second - deeper + 4) >> 3) - deeper
     free(block, offset, deeper + ((popcount64(bitmap) + 1) >> 1))
 
@@ -153,7 +153,7 @@ def uniform(block, slot, cell):  # type: ignore[no-untyped-def]
         return
     left = load64(block + SCRATCH) + _LEFT
     for i in range(64):
-        store32(left + 4 * i, _old_deep(block, slot, i) if second & _DEEPER else 0)
+        store32(left + 4 * i, _old_deep(block, slot, i) if second & DEEPER else 0)
     fit(block, 2)
     if bitmap != 0:
         put(block, at, 0)
@@ -194,12 +194,12 @@ def build(block, slot, node, value, first, last):  # type: ignore[no-untyped-def
         marks |= shl64(1, i)
         store64(pairs + 8 * i, deep << 32 | 1)
     count = _shape(block, pairs, MIDDLE_BITS, leaves, bitmap)
-    at, begins, deeper = SLOTS + 2 * slot, load64(bitmap), _DEEPER if marks != 0 else 0
+    at, begins, deeper = SLOTS + 2 * slot, load64(bitmap), DEEPER if marks != 0 else 0
     size = deeper + ((count + 1) >> 1)
     old_begins, old_second = get(block, at), get(block, at + 1)
     offset = (old_second - deeper + 4) >> 3
     fit(block, size + 2)
-    if old_begins == begins and old_second & _DEEPER == deeper and (not deeper or get(block, offset - 1) == marks):
+    if old_begins == begins and old_second & DEEPER == deeper and (not deeper or get(block, offset - 1) == marks):
         _put_leaves(block, offset, leaves, count)
     else:
         offset = allocate(block, size)

@@ -10,7 +10,7 @@ from libfp.jit import kernel, load32, load64, popcount64, shl64, shr64, store32,
 from libfp.tables import rib
 from libfp.tables.words import BASE, TABLE, allocate, fit, free, get, put
 
-ROOT_BITS = 18  # the first step: 2**18 entries, each for a /18
+ROOT_BITS = 24  # the first step: 2**24 entries, each for a /24
 STEP = 6  # every further one: up to 64 entries
 #: Offsets in the arena, in words: the default route's value, the roots (two entries a word), the blocks.
 DEFAULT, ROOTS, BLOCKS = 0, 8, 8 + (1 << (ROOT_BITS - 1))
@@ -80,13 +80,13 @@ def free_chain(block, entry, high, low, depth):  # type: ignore[no-untyped-def]
 
 @kernel
 def root(block, slot):  # type: ignore[no-untyped-def]
-    """The entry of a /18."""
+    """The entry of a /24."""
     return load32(load64(block + BASE) + 8 * ROOTS + 4 * slot)
 
 
 @kernel
 def turn(block, slot, entry):  # type: ignore[no-untyped-def]
-    """Let a /18 lead to `entry`."""
+    """Let a /24 lead to `entry`."""
     offset = ROOTS + (slot >> 1)
     word = get(block, offset)
     shift = (slot & 1) << 5
@@ -177,7 +177,7 @@ def _next(block, at, depth, high, low, length):  # type: ignore[no-untyped-def]
 
 @kernel
 def build(block, node, entry, reached, old, high, low, length):  # type: ignore[no-untyped-def]
-    """Make the block for the /18 `node`, and of those below it the ones that a change of the prefix concerns.
+    """Make the block for the /24 `node`, and of those below it the ones that a change of the prefix concerns.
 
     The rest is as for `_enter`. With `reached`, the prefix is outside, and its length is 0. Returns the block's entry,
     or -1 if out of room.

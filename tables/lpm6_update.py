@@ -26,7 +26,7 @@ from libfp.tables.words import LOG_ROOM, LOGGED, allocate, fit, free, get, put, 
 
 @kernel
 def _make_root(block, slot, node, entry, reached, high, low, length):  # type: ignore[no-untyped-def]
-    """Bring a /18 up to date: see `build`. Returns 0 if out of room."""
+    """Bring a /24 up to date: see `build`. Returns 0 if out of room."""
     old = root(block, slot)
     if node == 0 or rib.is_leaf(block, node):
         turn(block, slot, entry)
@@ -52,7 +52,8 @@ def _push(stack, top, node, depth, slot, entry):  # type: ignore[no-untyped-def]
 def _cover(block, node, depth, slot, entry, anew):  # type: ignore[no-untyped-def]
     """Let everything below `node` that no longer route claims lead to `entry`.
 
-    `slot` is the first /18 below `node`, which is at `depth`. With `anew` all of it is made. Returns 0 if out of room.
+    `slot` is the first /24 below `node`, which is at `depth`. With `anew` all of it is made, in an arena still
+    zero. Returns 0 if out of room.
     """
     stack = load64(block + STACK)
     top = _push(stack, 0, node, depth, slot, entry)
@@ -63,6 +64,8 @@ def _cover(block, node, depth, slot, entry, anew):  # type: ignore[no-untyped-de
         if depth == ROOT_BITS:
             if not _make_root(block, slot, node, entry, 1, 0, 0, 0):
                 return 0
+        elif node == 0 and entry == 0 and anew:
+            continue  # as it is
         elif node == 0:
             both = shl64(entry, 32) | entry
             for offset in range(ROOTS + (slot >> 1), ROOTS + ((slot + (1 << (ROOT_BITS - depth))) >> 1)):

@@ -1,8 +1,8 @@
 """All routes of a table by themselves: a binary trie in control-plane memory, from which the lookup structure is made.
 
 A node is 16 bytes: two children, the route's value (0: no route ends here) and its cell, which is the lookup
-structure's business. Node 0 is none, node 1 the root. An address is 128 bits in two words, `high` and `low`, in host order; that
-of IPv4 is the upper half of `high`.
+structure's business. Node 0 is none, node 1 the root. An address is two words in host order, `high` and `low`; an IPv4
+address is the upper half of `high`.
 
 A route in an array is four words: high, low, length, value.
 """

@@ -25,8 +25,8 @@ _address = st.builds(
     st.sampled_from([0, 20, 54, 60, 64, 70, 76, 80, 86, 92, 96, 100]),
 )
 _length = st.one_of(
-    st.integers(15 if INTERPRETED else 10, 128),
-    st.sampled_from([0, 15 if INTERPRETED else 3, 18, 24, 32, 48, 60, 64, 66]),
+    st.integers(18 if INTERPRETED else 10, 128),
+    st.sampled_from([0, 18 if INTERPRETED else 8, 20, 24, 32, 48, 60, 64, 66]),
 )
 _prefix = st.builds(lambda address, length: (cut(address, length), length), _address, _length)
 _value = st.one_of(st.integers(1, 3), st.sampled_from([(1 << 31) - 1, 1 << 31, (1 << 32) - 1]))

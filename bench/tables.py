@@ -1,0 +1,76 @@
+"""What the benches of the forwarding tables share: rounds over an array of keys, ours in numba and a peer's in C."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from libfp.jit import Arena, clock, clock_hz, kernel
+
+BURST = 64
+KEYS = 1 << 22
+PASSES = 4  # over all keys in a round: 50 ms and more
+NEXT_HOPS = 1 << 20
+
+
+@kernel
+def _round(view, keys, size, count, passes, results, kept):  # type: ignore[no-untyped-def]
+    began = clock()
+    for _ in range(passes):
+        for i in range(0, count, BURST):
+            view.lookup_burst(keys + size * i, results + kept * i, BURST)
+    return clock() - began
+
+
+@dataclass
+class Peer:
+    """A lookup function of a peer: `run(keys, count, passes, results)` returns ticks."""
+
+    name: str
+    run: Callable[[Any, int, int, Any], int]
+
+
+class Keys:
+    """One array of keys, of `size` bytes each, and what finds them."""
+
+    def __init__(self, keys: np.ndarray, size: int, ffi: Any = None) -> None:
+        assert keys.nbytes == size * KEYS
+        self.size, self._ffi = size, ffi
+        self._keys, self._results = Arena(keys.nbytes, huge=True), Arena(4 * KEYS, huge=True)
+        self._keys.buffer[:] = np.ascontiguousarray(keys).reshape(-1).view(np.uint8).data
+
+    def ours(self, view: Any, *, passes: int = PASSES, keep: bool = False) -> float:
+        """Million lookups a second."""
+        kept = 4 if keep else 0
+        ticks = _round(view, self._keys.address, self.size, KEYS, passes, self._results.address, kept)
+        return _millions(passes, ticks)
+
+    def theirs(self, peer: Peer, *, passes: int = PASSES, keep: bool = False) -> float:
+        """The same of a peer."""
+        keys = self._ffi.cast("void *", self._keys.address)
+        results = self._ffi.cast("void *", self._results.address) if keep else self._ffi.NULL
+        return _millions(passes, peer.run(keys, KEYS, passes, results))
+
+    def best(self, view: Any, peers: list[Peer]) -> tuple[Peer | None, str]:
+        """The fastest of the peers, each asked in turn, five rounds; and all of their medians, for the report.
+
+        Each must find what ours does.
+        """
+        self.ours(view, passes=1, keep=True)
+        expected = np.frombuffer(self._results.buffer, np.uint32).copy()
+        for peer in peers:
+            self.theirs(peer, passes=1, keep=True)
+            found = np.frombuffer(self._results.buffer, np.uint32)
+            assert np.array_equal(found, expected), f"{peer.name} and ours find different next hops"
+        rounds = [[self.theirs(peer) for peer in peers] for _ in range(5)]
+        medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+        text = ", ".join(f"{peer.name} {median:.0f}" for peer, median in zip(peers, medians, strict=True))
+        return (peers[int(np.argmax(medians))] if peers else None), text
+
+
+def _millions(passes: int, ticks: int) -> float:
+    return passes * KEYS / (ticks / clock_hz()) / 1e6
