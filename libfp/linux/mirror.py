@@ -35,18 +35,28 @@ GROUPS = (
     rt.GROUP_IPV4_ROUTE,
     rt.GROUP_IPV4_RULE,
     rt.GROUP_IPV4_NETCONF,
+    rt.GROUP_IPV6_ADDRESS,
+    rt.GROUP_IPV6_ROUTE,
+    rt.GROUP_IPV6_RULE,
+    rt.GROUP_IPV6_NETCONF,
     rt.GROUP_NEXTHOP,
 )
 # In this order: what a route means depends on the rest. The bodies are struct ifinfomsg, ifaddrmsg, netconfmsg, ...
+_ROUTES = "=BBBBBBBBI"  # struct rtmsg
 DUMPS = (
     ("links", rt.RTM_GETLINK, bytes(16)),
     ("addresses", rt.RTM_GETADDR, struct.pack("=BBBBI", rt.AF_INET, 0, 0, 0, 0)),
     ("settings", rt.RTM_GETNETCONF, struct.pack("=B3x", rt.AF_INET)),
     ("neighbours", rt.RTM_GETNEIGH, bytes(12)),
-    ("routes", rt.RTM_GETROUTE, struct.pack("=BBBBBBBBI", rt.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)),
+    ("routes", rt.RTM_GETROUTE, struct.pack(_ROUTES, rt.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)),
+)
+DUMPS6 = (
+    ("addresses", rt.RTM_GETADDR, struct.pack("=BBBBI", rt.AF_INET6, 0, 0, 0, 0)),
+    ("settings", rt.RTM_GETNETCONF, struct.pack("=B3x", rt.AF_INET6)),
+    ("routes", rt.RTM_GETROUTE, struct.pack(_ROUTES, rt.AF_INET6, 0, 0, 0, 0, 0, 0, 0, 0)),
 )
 BUFFER = 64 << 20  # bytes of notifications that may wait while a full table is taken in
-BATCH = 256  # datagrams acted on together at most
+BATCH = 4096  # datagrams acted on together at most
 PATIENCE = 5  # dumps that changed while they ran, before one of them is taken as it is and another follows
 RETRY = 1.0  # seconds between dumps that follow one another without need for haste
 
@@ -82,7 +92,7 @@ class Mirror:
         self._watched: dict[Netlink, Callable[[], None]] = {}
         self._every: list[tuple[float, Callable[[], None]]] = []
         self._notifications = Netlink(groups=GROUPS, buffer=buffer)
-        self._pending: deque[Message] = deque()
+        self._pending: deque[bytes] = deque()  # datagrams
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []
@@ -221,9 +231,10 @@ class Mirror:
     def _receive(self) -> bool:
         """Take waiting datagrams, a batch at most, off the notification socket; False when there was none."""
         for taken in range(BATCH):
-            if not self._notifications.ready():
+            datagram = self._notifications.datagram(wait=False)
+            if datagram is None:
                 return taken > 0
-            self._pending.extend(self._notifications.receive())
+            self._pending.append(bytes(datagram))
         return True
 
     def _act(self) -> None:
@@ -232,10 +243,14 @@ class Mirror:
             self._replay(self.state, changes)
         finally:  # what came before a message that cannot be has changed the state, and counts
             self._update(self.state, changes)
+            self.state.numbering.tidy()
 
     def _replay(self, state: State, changes: Changes) -> None:
-        while self._pending:
-            state.apply(self._pending.popleft(), changes)
+        try:
+            while self._pending:
+                state.take(self._pending.popleft(), changes)
+        finally:
+            state.harvest(changes)
         if changes.resync and self._resync_at is None:
             self._resync_at = time.monotonic() + RETRY
 
@@ -277,14 +292,15 @@ class Mirror:
 
     def _dump(self) -> State:
         """Everything, from the kernel; notifications that arrive meanwhile are left in `_pending`."""
-        state = State()
+        state = State(self.state)
+        wanted = DUMPS + (DUMPS6 if os.path.exists("/proc/sys/net/ipv6") else ())
         for _ in range(PATIENCE):
             try:
                 if self._stale:
                     self._reopen()
-                state, whole = State(), True
+                state, whole = State(self.state), True
                 with Netlink(buffer=1 << 21) as dumps:
-                    for name, kind, body in DUMPS:
+                    for name, kind, body in wanted:
                         whole &= self._take(state, dumps, name, kind, body)
                 if whole:
                     return state
@@ -299,16 +315,16 @@ class Mirror:
 
     def _take(self, state: State, dumps: Netlink, name: str, kind: int, body: bytes) -> bool:
         """One dump into `state`; False when something changed while it ran. Raises Overrun, Malformed, OSError."""
-        changes, done = Changes(), 0
-        first = self._progress is not None and not self._synced.is_set()
+        changes = Changes()
+
+        def take(datagram: memoryview, sequence: int) -> tuple[int, list[Message]]:
+            return state.take(datagram, changes, dump=True, sequence=sequence)
+
         try:
-            for batch in dumps.dump(kind, body):
-                for message in batch:
-                    state.apply(message, changes, dump=True)
+            for _ in dumps.dump_into(take, kind, body):
                 self._receive()
-                done += len(batch)
-                if first and self._progress is not None:
-                    self._progress(name, done, 0)
+                if self._progress is not None and not self._synced.is_set():
+                    self._progress(name, len(state.rib) + len(state.rib6), 0)
                 if self._closing:
                     raise Error("closed while synchronising")
         except Interrupted:
