@@ -16,6 +16,7 @@ from libfp.errors import BadInput, Error
 BENCHES = {
     "forward": "the full IPv4 forwarding compute: stages against one flat kernel",
     "start": "from the command to the first forwarded packet, and to `fp --help`",
+    "sync": "a full table in the kernel, taken in by the mirror, beside pyroute2",
     "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",
 }
 

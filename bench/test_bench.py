@@ -21,6 +21,7 @@ from libfp.errors import MissingCapability, Unsupported
 CASES = {
     "forward": ("full table", "one route"),
     "start": ("help", "warm", "cold"),
+    "sync": ("beyond dump", "complete"),
     "veth": ("inline", "helper", "linux", "inline per cpu-second", "helper per cpu-second"),
 }
 

@@ -58,7 +58,7 @@ class _Family:
         if self.wanted.bits == 32:
             self.table.apply(rows[:, 0].tolist(), rows[:, 2].tolist(), indexes.tolist())
         else:
-            self.table.apply(rows[:, 0], rows[:, 1], rows[:, 2], indexes)
+            self.table.apply(rows[:, :2].view(np.uint64), rows[:, 2], indexes)
 
 
 class Publisher:
