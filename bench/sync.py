@@ -85,7 +85,7 @@ def ipv6() -> np.ndarray:
 
 
 def fill(rows: np.ndarray, bits: int, gateways: list[bytes], link: int) -> None:
-    """Add routes to the calling thread's network namespace: `rows` of (high, low, length), by one gateway or another."""
+    """Add `rows` of (high, low, length) as routes to the calling thread's namespace, by one gateway or another."""
     family = rt.AF_INET if bits == 32 else rt.AF_INET6
     tails = [attribute(5, gateway) + attribute(4, struct.pack("=I", link)) for gateway in gateways]
     word = struct.Struct("!I" if bits == 32 else "!qq")

@@ -17,14 +17,15 @@ import numpy as np
 
 from libfp.errors import TableFull
 from libfp.linux.decide import NO_NEIGHBOUR, Direct, Target, Via, action, is_covered, on_link, target
-from libfp.linux.prefixes import prefixes, unique
-from libfp.linux.publish import Publisher
+from libfp.linux.prefixes import PrefixMap, prefixes, unique
+from libfp.linux.publish import Key, Publisher
 from libfp.linux.rtnetlink import Prefix
 from libfp.linux.state import Changes, State
 from libfp.stages.routes import Forward, Punt, Routes
 
 CHUNK = 1 << 14  # prefixes written together
 Progress = Callable[[int, int], None]
+Wrong = tuple[Prefix, Key | None, Key | None]
 
 
 class Fib:
@@ -60,6 +61,10 @@ class Fib:
         for link, neighbour in changes.neighbours:
             publisher.refresh(publisher.through(link, neighbour))
 
+    def check(self) -> list[tuple[list[Wrong], int]]:
+        """For each family what the tables hold wrongly (prefix, what it leads to, what is due), and of how many."""
+        return [family.check() for family in self._families]
+
     def lookup(self, address: int, bits: int = 32) -> Target | None:
         """The longest match among the kernel's prefixes (host entries not counted)."""
         return next((family.lookup(address) for family in self._families if family.bits == bits), None)
@@ -92,7 +97,8 @@ class _Family:
         hosts |= self._hosts_in(short)
         self._hosts(hosts)
         for at in range(0, len(short), CHUNK):  # part by part, so that what is known is used
-            self._decide(short[at : at + CHUNK])
+            part = short[at : at + CHUNK]
+            self._publisher.set_all(self.bits, part, self._decide(part))
             if at + CHUNK < len(short):
                 with suppress(TableFull):  # what does not fit yet may fit after what is to go
                     self._publisher.flush()
@@ -132,8 +138,8 @@ class _Family:
         self._local = set(rib.local_prefixes)
         return np.concatenate([rows, *(rib.under(local) for local in changed)])
 
-    def _decide(self, rows: np.ndarray) -> None:
-        """Publish what happens to prefixes shorter than an address."""
+    def _decide(self, rows: np.ndarray) -> np.ndarray:
+        """The next-hop indexes of prefixes shorter than an address."""
         state = self._state
         rib = state.ribs[self.bits]
         covered = _covered(rows, rib.local_prefixes, self.bits)
@@ -144,19 +150,45 @@ class _Family:
             routes = state.numbering.of(kind >> 1)
             found = target(routes, self.bits, bool(kind & 1), state, self._fib.ports)
             indexes[at] = self._publisher.index(NO_NEIGHBOUR if isinstance(found, Direct) else found)
-        self._publisher.set_all(self.bits, rows, indexes[where])
+        return indexes[where]
 
     def _hosts(self, addresses: set[int]) -> None:
-        """Write the entries of full length: the kernel's own if it has one, else the neighbour's if it has one."""
+        """Write the entries of full length."""
         for address in addresses:
             prefix = Prefix(address, self.bits, self.bits)
-            key = self._target(prefix)
-            if key is None and address in self._links_of:
-                direct = self.lookup(address)
-                if isinstance(direct, Direct) and direct.link in self._links_of[address]:
-                    key = on_link(direct, address, self.bits)
-            assert not isinstance(key, Direct), "an address on the link itself is a Via"
-            self._publisher.set(prefix, key)
+            self._publisher.set(prefix, self._host(prefix))
+
+    def _host(self, prefix: Prefix) -> Key | None:
+        """What an address leads to: the kernel's own entry if there is one, else the neighbour's if there is one."""
+        address, key = prefix.address, self._target(prefix)
+        if key is None and address in self._links_of:
+            direct = self.lookup(address)
+            if isinstance(direct, Direct) and direct.link in self._links_of[address]:
+                key = on_link(direct, address, self.bits)
+        assert not isinstance(key, Direct), "an address on the link itself is a Via"
+        return key
+
+    def check(self) -> tuple[list[Wrong], int]:
+        """See `Fib.check`."""
+        family = self._publisher.families[self.bits]
+        held_rows, held = family.held()
+        rows = self._state.ribs[self.bits].map.rows()
+        due_rows = rows[rows[:, 2] < self.bits]
+        table = PrefixMap(self.bits)  # what is due, less what is there
+        table.put_all(due_rows, self._decide(due_rows))
+        hosts = {
+            p.address for p in prefixes(self._state.ribs[self.bits].map.rows(), self.bits) if p.length == self.bits
+        }
+        for address in hosts | self._links_of.keys():
+            prefix = Prefix(address, self.bits, self.bits)
+            table.put(prefix, self._publisher.index(self._host(prefix)))
+        there = PrefixMap(self.bits)
+        there.put_all(held_rows, held)
+        wrong = prefixes(table.differences(there), self.bits)
+        said = self._publisher.said
+        found = [(prefix, said(there.get(prefix)), said(table.get(prefix))) for prefix in wrong]
+        self._publisher.flush()  # next hops that were made for the comparison only
+        return found, len(held)
 
     def _host_rows(self, addresses: set[int]) -> np.ndarray:
         rows = [Prefix(address, self.bits, self.bits).row() for address in addresses]

@@ -16,6 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from libfp.errors import Error, TableFull
 from libfp.linux import rtnetlink as rt
@@ -60,6 +62,7 @@ BATCH = 4096  # datagrams acted on together at most
 PATIENCE = 5  # dumps that changed while they ran, before one of them is taken as it is and another follows
 RETRY = 1.0  # seconds between dumps that follow one another without need for haste
 
+T = TypeVar("T")
 Listener = Callable[[State, Changes], None]
 Progress = Callable[[str, int, int], None]
 
@@ -96,6 +99,7 @@ class Mirror:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []
+        self._jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._resync_at: float | None = 0.0  # when the next dump is due, on the monotonic clock; None: not at all
         self._stale = False  # the notification socket has lost something
         self._suspended: dict[str, str] = {}
@@ -153,7 +157,33 @@ class Mirror:
         self._resync_at = 0.0
         os.eventfd_write(self._wake, 1)
 
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` called in the mirror's thread, when what Linux has told by then is in the tables."""
+        job: Future[T] = Future()
+        with self._lock:
+            if self._stopped:
+                raise self.error or Error("the mirror is closed")
+            self._jobs.append((function, job))
+        os.eventfd_write(self._wake, 1)
+        return job
+
+    def call(self, function: Callable[[], T], timeout: float | None = None) -> T:
+        """`submit`, and wait for the result. Raises what it raises, TimeoutError after so many seconds."""
+        return self.submit(function).result(timeout)
+
     # -- in the thread
+
+    def fresh(self) -> State:
+        """A new copy of the kernel's state, to compare with `state`: both know what was told until now.
+
+        Raises as a dump does; forwarding, and `state`, are not disturbed.
+        """
+        fresh = self._dump()
+        told = list(self._pending)
+        self._act()
+        self._pending.extend(told)
+        self._replay(fresh, Changes())
+        return fresh
 
     @property
     def suspended(self) -> bool:
@@ -202,8 +232,11 @@ class Mirror:
             with self._lock:
                 self._stopped = True
                 waiting, self._waiting = self._waiting, []
+                jobs, self._jobs = self._jobs, []
             for event in waiting:
                 event.set()
+            for _, job in jobs:
+                job.set_exception(Error("the mirror is closed"))
 
     def _turn(self, timeout: float) -> None:
         """Wait for something, take in what is there, and let those who wait for that go on."""
@@ -214,19 +247,30 @@ class Mirror:
                 os.eventfd_read(self._wake)
         with self._lock:
             waiting, self._waiting = self._waiting, []
+            jobs, self._jobs = self._jobs, []
         try:
             while self._receive():
                 self._act()
         except (Overrun, Malformed) as error:
             log.info("synchronising again: %s", error)
             self._stale, self._resync_at = True, 0.0
-        if waiting and self._resync_at == 0.0:
+        if (waiting or jobs) and self._resync_at == 0.0:
             self._synchronise()
         for netlink, function in self._watched.items():
             if netlink.fileno() in found or (waiting and netlink.ready()):
                 function()
         for event in waiting:
             event.set()
+        for job in jobs:
+            self._do(*job)
+
+    def _do(self, function: Callable[[], Any], job: Future[Any]) -> None:
+        try:
+            job.set_result(function())
+        except Exception as error:  # the caller's to deal with
+            job.set_exception(error)
+        if self._stale:
+            self._resync_at = 0.0
 
     def _receive(self) -> bool:
         """Take waiting datagrams, a batch at most, off the notification socket; False when there was none."""

@@ -8,7 +8,7 @@ that a packet never meets a shorter one because a longer one is still to come. I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from libfp.errors import TableFull
 from libfp.linux.decide import VIA_LINUX, Via
 from libfp.linux.prefixes import PrefixMap, unique
 from libfp.linux.rtnetlink import Prefix
-from libfp.stages.routes import Drop, Forward, Punt, Routes
+from libfp.stages.routes import Action, Drop, Forward, Punt, Routes
 
 Key = Via | Punt | Drop  # what a next hop is known by: a neighbour, whose action changes, or an action itself
 
@@ -54,6 +54,12 @@ class _Family:
             self._apply(rows[order], indexes[order])
         self.unwritten = []
 
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the table holds: rows and indexes."""
+        addresses, lengths, indexes = self.table.routes()
+        halves = addresses if self.wanted.bits == 128 else np.column_stack([addresses, np.zeros_like(addresses)])
+        return np.column_stack([halves.astype(np.int64), lengths]), np.asarray(indexes)
+
     def _apply(self, rows: np.ndarray, indexes: np.ndarray) -> None:
         if self.wanted.bits == 32:
             self.table.apply(rows[:, 0].tolist(), rows[:, 2].tolist(), indexes.tolist())
@@ -86,6 +92,10 @@ class Publisher:
         """What was last set for exactly this prefix."""
         index = self.families[prefix.bits].wanted.get(prefix)
         return self._by_index[index].key if index else None
+
+    def said(self, index: int) -> Key | None:
+        """The next hop of that index."""
+        return self._by_index[index].key if index in self._by_index else None
 
     def set(self, prefix: Prefix, key: Key | None) -> None:
         """Route a prefix to a next hop, or, with None, nowhere; done by the next `flush`."""
@@ -166,6 +176,13 @@ class Publisher:
         self.suspended = suspended
         for entry in self._hops.values():
             self._write(entry)
+
+    def check(self) -> Iterator[tuple[Key, Action, Action]]:
+        """Next hops that do not do what they are due to, with what they do and what is due."""
+        for entry in self._hops.values():
+            held, due = self._next_hops[entry.index], self._action(entry.key)
+            if held != due:
+                yield entry.key, held, due
 
     def _action(self, key: Key) -> Forward | Punt | Drop:
         if self.suspended:

@@ -112,7 +112,7 @@ class State:
         if not self._wanted(route):
             return
         rib = self.ribs[prefix.bits]
-        if rib.add(prefix, self._marked(route), flags) if new else rib.remove(prefix, route):
+        if rib.add(prefix, self._marked(route, prefix.bits), flags) if new else rib.remove(prefix, route):
             changes.prefixes.add(prefix)
 
     def route_of(self, message: Message) -> tuple[rt.Route | None, bool]:
@@ -120,7 +120,8 @@ class State:
         decoded = rt.route(message.body)
         if decoded is None or not self._wanted(decoded[1]):
             return None, False
-        return self._marked(decoded[1]), any(hop.dead for hop in decoded[1].hops)
+        prefix, route = decoded
+        return self._marked(route, prefix.bits), any(hop.dead for hop in route.hops)
 
     def _wanted(self, route: rt.Route) -> bool:
         if route.table in TABLES:
@@ -128,16 +129,19 @@ class State:
         self.default_table = self.default_table or route.table == rt.TABLE_DEFAULT
         return False
 
-    def _marked(self, route: rt.Route) -> rt.Route:
+    def _marked(self, route: rt.Route, bits: int) -> rt.Route:
         """The route with hops marked dead only if they are: over a link that is up and has an address none can be."""
         if not any(hop.dead for hop in route.hops):
             return route
         return route._replace(
-            hops=tuple(hop._replace(dead=hop.dead and not self._lives(hop.link)) for hop in route.hops)
+            hops=tuple(hop._replace(dead=hop.dead and not self._lives(hop.link, bits)) for hop in route.hops)
         )
 
-    def _lives(self, link: int) -> bool:
-        return link in self.links and self.links[link].up and bool(self.addresses.get(link))
+    def _lives(self, index: int, bits: int) -> bool:
+        link = self.links.get(index)
+        if link is None or not link.up:
+            return False
+        return bool(self.addresses.get(index)) if bits == 32 else link.carrier
 
     def _neighbour(self, new: bool, neighbour: rt.Neighbour | None, changes: Changes) -> None:
         if neighbour is None:
@@ -175,7 +179,9 @@ class State:
             self._rows(changes, "link_down", link.index)
             changes.resync = changes.resync or self._nexthop_objects() > 0
         elif link.up and not old.up:
-            self._rows(changes, "link_up", link.index)
+            changes.add_rows(32, self.rib.link_up(link.index))
+        if link.up and link.carrier and not (old.up and old.carrier):  # IPv6 waits for the carrier
+            changes.add_rows(128, self.rib6.link_up(link.index))
         if old.carrier != link.carrier:
             self._rows(changes, "using", link.index)
         if old.master != link.master:
