@@ -36,13 +36,15 @@ CAPACITY = 1 << 20
 
 
 class Table:
-    """A host with two ports and a full table of routes by sixteen neighbours on one of them."""
+    """client - r0 router r1 - server: the router has a full table, by sixteen neighbours of which one is the server."""
 
     def __init__(self, lab: Lab, with_ipv6: bool = True) -> None:
-        far, self.host = lab.host("far"), lab.host("router")
-        for number in (0, 1):
-            lab.link(far, f"f{number}", self.host, f"r{number}")
+        self.client, self.host, self.server = lab.host("client"), lab.host("router"), lab.host("server")
+        for number, (far, address) in enumerate(((self.client, 2), (self.server, 9))):
+            lab.link(far, "e0", self.host, f"r{number}")
             self.host.address(f"r{number}", f"198.18.{number}.1/24")
+            far.address("e0", f"198.18.{number}.{address}/24")
+            far.route("default", via=f"198.18.{number}.1")
         self.host.sysctl("net.ipv4.ip_forward", 1)
         self.ports = {self.host.index(f"r{number}"): number for number in (0, 1)}
         addresses, lengths, self.origin = rib.ipv4()

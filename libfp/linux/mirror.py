@@ -59,7 +59,9 @@ DUMPS6 = (
 )
 BUFFER = 64 << 20  # bytes of notifications that may wait while a full table is taken in
 BATCH = 4096  # datagrams acted on together at most
-PATIENCE = 5  # dumps that changed while they ran, before one of them is taken as it is and another follows
+# Seconds before each dump, if those before it changed while they ran, or notifications were lost meanwhile: the storm
+# may pass, and forwarding goes on. After the last, it is taken as it is and another follows.
+PATIENCE = (0.0, 0.0, 0.02, 0.1, 0.3)
 RETRY = 1.0  # seconds between dumps that follow one another without need for haste
 
 T = TypeVar("T")
@@ -224,7 +226,7 @@ class Mirror:
                         function()
         except BaseException as error:
             self.error, self.phase = error, FAILED
-            if self._synced.is_set():  # otherwise wait_synced raises it
+            if self._synced.is_set() and not self._closing:  # otherwise wait_synced raises it
                 log.exception("the mirror has stopped")
                 self.suspend("mirror", f"the mirror has stopped: {error}")
         finally:
@@ -338,7 +340,8 @@ class Mirror:
         """Everything, from the kernel; notifications that arrive meanwhile are left in `_pending`."""
         state = State(self.state)
         wanted = DUMPS + (DUMPS6 if os.path.exists("/proc/sys/net/ipv6") else ())
-        for _ in range(PATIENCE):
+        for pause in PATIENCE:
+            time.sleep(pause)
             try:
                 if self._stale:
                     self._reopen()
