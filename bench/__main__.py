@@ -19,6 +19,7 @@ BENCHES = {
     "lpm6": "IPv6 lookups, beside rte_fib6",
     "ring": "rings between two cores, beside DPDK's rte_ring",
     "start": "from the command to the first forwarded packet, and to `fp --help`",
+    "sync": "a full table in the kernel, taken in by the mirror, beside pyroute2",
     "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",
 }
 

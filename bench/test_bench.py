@@ -24,6 +24,7 @@ CASES = {
     "lpm6": ("in-prefix", "zipf"),
     "ring": tuple(f"{kind} burst {burst}" for kind in ("spsc", "mpmc") for burst in (1, 8, 32, 128)),
     "start": ("help", "warm", "cold"),
+    "sync": ("beyond dump", "complete"),
     "veth": ("inline", "helper", "linux", "inline per cpu-second", "helper per cpu-second"),
 }
 

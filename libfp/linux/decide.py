@@ -1,4 +1,4 @@
-"""What Linux would do with a packet to an IPv4 prefix, as something the forwarding tables can say.
+"""What Linux would do with a packet to a prefix, as something the forwarding tables can say.
 
 Pure functions of the mirrored state. The rule throughout: where we cannot tell for certain what Linux would do, the
 packet is punted, and Linux does it.
@@ -48,45 +48,57 @@ class Direct(NamedTuple):
 Target = Via | Direct | Punt | Drop
 
 
-def target(prefix: rt.Prefix, state: State, ports: Mapping[int, int]) -> Target | None:
-    """What happens to packets whose longest match is `prefix`; None when Linux would look at shorter ones.
+def target(
+    routes: tuple[rt.Route, ...], bits: int, covered: bool, state: State, ports: Mapping[int, int]
+) -> Target | None:
+    """What happens to packets whose longest match is a prefix with these routes; None when Linux looks at shorter ones.
 
-    `ports` maps link indexes to port numbers. Of a multipath route the first usable hop is taken, which is one that
-    Linux may take too.
+    `bits` is the family's, `covered` whether a prefix of the local table covers this one, `ports` maps link indexes to
+    port numbers. The same for all prefixes, but that `Direct` on one of full length is a `Via`: see `on_link`. Of a
+    multipath route the first usable hop is taken, which is one that Linux may take too.
     """
-    routes = state.rib.routes.get(prefix, ())
     for route in routes:
         if route.tos:
             return VIA_LINUX  # Linux chooses by a header field that is not looked at here
-        if route.type not in _WITHOUT_HOP and not any(_hop_holds(hop, state) for hop in route.hops):
+        if route.type not in _WITHOUT_HOP and not any(_hop_holds(hop, state, bits) for hop in route.hops):
             continue
-        if route.table != rt.TABLE_LOCAL and any(local.covers(prefix) for local in state.rib.local_prefixes):
+        if route.table != rt.TABLE_LOCAL and covered:
             # The local table wins if the host ever had a policy rule (the kernel then keeps the tables apart for
             # good), else the longer prefix: from outside one cannot tell.
             return VIA_LINUX
         if route.type != rt.UNICAST:
             return _BY_TYPE.get(route.type, VIA_LINUX)
-        return _unicast(prefix, route, state, ports)
+        return _unicast(route, state, ports, bits)
     return None
 
 
-def _unicast(prefix: rt.Prefix, route: rt.Route, state: State, ports: Mapping[int, int]) -> Target:
-    hop = next(hop for hop in route.hops if _hop_holds(hop, state))
+def is_covered(prefix: rt.Prefix, state: State) -> bool:
+    """Whether a prefix of the local table covers this one."""
+    return any(local.covers(prefix) for local in state.ribs[prefix.bits].local_prefixes)
+
+
+def _unicast(route: rt.Route, state: State, ports: Mapping[int, int], bits: int) -> Target:
+    hop = next(hop for hop in route.hops if _hop_holds(hop, state, bits))
     if hop.link not in ports or hop.encapsulated:
         return VIA_LINUX
-    if hop.gateway:
-        return Via(hop.link, hop.gateway, route.mtu)
-    if prefix.length == 32:
-        return Via(hop.link, prefix.address.to_bytes(4, "big"), route.mtu)
-    return Direct(hop.link, route.mtu)
+    mtu = route.mtu
+    if bits == 128:
+        link = state.links[hop.link]
+        mtu = min(mtu or link.mtu, link.mtu6 or link.mtu)
+    return Via(hop.link, hop.gateway, mtu) if hop.gateway else Direct(hop.link, mtu)
 
 
-def _hop_holds(hop: rt.Hop, state: State) -> bool:
-    """Whether a lookup in Linux would take this hop (fib_lookup_good_nhc)."""
+def on_link(direct: Direct, address: int, bits: int) -> Via:
+    """An address that is on the link itself is its own gateway."""
+    return Via(direct.link, address.to_bytes(bits // 8, "big"), direct.mtu)
+
+
+def _hop_holds(hop: rt.Hop, state: State, bits: int) -> bool:
+    """Whether a lookup in Linux would take this hop (fib_lookup_good_nhc, __rt6_nh_dev_match)."""
     link = state.links.get(hop.link)
     if hop.dead or link is None:
         return False
-    return link.carrier or not state.ignores_linkdown(hop.link)
+    return link.carrier or not state.ignores_linkdown(hop.link, bits)
 
 
 def action(via: Via, state: State, ports: Mapping[int, int]) -> Forward | Punt:

@@ -185,8 +185,8 @@ class Linux:
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
     def _changed(self, state: State, changes: Changes) -> None:
-        if changes.prefixes:
-            self._follow_local(state, changes.prefixes)
+        if state.rib.local != self._local:
+            self._follow_local(state.rib.local)
         for index in changes.links & self._indexes.keys():
             self._follow_link(state, index)
         if changes.policy and not self.bypass:
@@ -213,21 +213,15 @@ class Linux:
         else:
             self.mirror.resume("policy")
 
-    def _follow_local(self, state: State, prefixes: Iterable[rt.Prefix]) -> None:
+    def _follow_local(self, local: dict[rt.Prefix, int]) -> None:
         """What is addressed to this host never leaves Linux, and nobody else may send from its addresses."""
-        before = set(self._local)
-        for prefix in prefixes:
-            routes = state.rib.routes.get(prefix)
-            if routes and routes[0].table == rt.TABLE_LOCAL:
-                if prefix not in self._local:
-                    self.local.add(str(prefix))
-                self._local[prefix] = routes[0].type
-            elif prefix in self._local:
-                self.local.remove(str(prefix))
-                del self._local[prefix]
-        if self._local.keys() != before:
-            own = (prefix for prefix, kind in self._local.items() if kind == rt.LOCAL and not LOOPBACK.covers(prefix))
-            self.routes.set_local(own)
+        for prefix in local.keys() - self._local.keys():
+            self.local.add(str(prefix))
+        for prefix in self._local.keys() - local.keys():
+            self.local.remove(str(prefix))
+        self._local = dict(local)
+        own = (prefix for prefix, kind in local.items() if kind == rt.LOCAL and not LOOPBACK.covers(prefix))
+        self.routes.set_local(prefix[:2] for prefix in own)
 
     def _follow_link(self, state: State, index: int) -> None:
         number = self._indexes[index]
@@ -270,11 +264,11 @@ class Linux:
             for conflict in guard.conflicts(self._guarded):
                 log.warning("bypassed: %s", conflict)
         others: dict[str, int] = {}
-        for routes in list(state.rib.routes.values()):  # a copy: the mirror goes on meanwhile
+        for routes, count in state.rib.counts().items():
             for link in {hop.link for hop in routes[0].hops if routes[0].type == rt.UNICAST}:
                 if link not in self._indexes and link in state.links:
                     name = state.links[link].name
-                    others[name] = others.get(name, 0) + 1
+                    others[name] = others.get(name, 0) + count
         for name, count in sorted(others.items()):
             log.info("%d route%s out of %s, which is not a port: via Linux", count, "s" * (count != 1), name)
         if state.default_table:

@@ -16,6 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from libfp.errors import Error, TableFull
 from libfp.linux import rtnetlink as rt
@@ -35,21 +37,34 @@ GROUPS = (
     rt.GROUP_IPV4_ROUTE,
     rt.GROUP_IPV4_RULE,
     rt.GROUP_IPV4_NETCONF,
+    rt.GROUP_IPV6_ADDRESS,
+    rt.GROUP_IPV6_ROUTE,
+    rt.GROUP_IPV6_RULE,
+    rt.GROUP_IPV6_NETCONF,
     rt.GROUP_NEXTHOP,
 )
 # In this order: what a route means depends on the rest. The bodies are struct ifinfomsg, ifaddrmsg, netconfmsg, ...
+_ROUTES = "=BBBBBBBBI"  # struct rtmsg
 DUMPS = (
     ("links", rt.RTM_GETLINK, bytes(16)),
     ("addresses", rt.RTM_GETADDR, struct.pack("=BBBBI", rt.AF_INET, 0, 0, 0, 0)),
     ("settings", rt.RTM_GETNETCONF, struct.pack("=B3x", rt.AF_INET)),
     ("neighbours", rt.RTM_GETNEIGH, bytes(12)),
-    ("routes", rt.RTM_GETROUTE, struct.pack("=BBBBBBBBI", rt.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)),
+    ("routes", rt.RTM_GETROUTE, struct.pack(_ROUTES, rt.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)),
+)
+DUMPS6 = (
+    ("addresses", rt.RTM_GETADDR, struct.pack("=BBBBI", rt.AF_INET6, 0, 0, 0, 0)),
+    ("settings", rt.RTM_GETNETCONF, struct.pack("=B3x", rt.AF_INET6)),
+    ("routes", rt.RTM_GETROUTE, struct.pack(_ROUTES, rt.AF_INET6, 0, 0, 0, 0, 0, 0, 0, 0)),
 )
 BUFFER = 64 << 20  # bytes of notifications that may wait while a full table is taken in
-BATCH = 256  # datagrams acted on together at most
-PATIENCE = 5  # dumps that changed while they ran, before one of them is taken as it is and another follows
+BATCH = 4096  # datagrams acted on together at most
+# Seconds before each dump, if those before it changed while they ran, or notifications were lost meanwhile: the storm
+# may pass, and forwarding goes on. After the last, it is taken as it is and another follows.
+PATIENCE = (0.0, 0.0, 0.02, 0.1, 0.3)
 RETRY = 1.0  # seconds between dumps that follow one another without need for haste
 
+T = TypeVar("T")
 Listener = Callable[[State, Changes], None]
 Progress = Callable[[str, int, int], None]
 
@@ -82,10 +97,11 @@ class Mirror:
         self._watched: dict[Netlink, Callable[[], None]] = {}
         self._every: list[tuple[float, Callable[[], None]]] = []
         self._notifications = Netlink(groups=GROUPS, buffer=buffer)
-        self._pending: deque[Message] = deque()
+        self._pending: deque[bytes] = deque()  # datagrams
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []
+        self._jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._resync_at: float | None = 0.0  # when the next dump is due, on the monotonic clock; None: not at all
         self._stale = False  # the notification socket has lost something
         self._suspended: dict[str, str] = {}
@@ -143,7 +159,33 @@ class Mirror:
         self._resync_at = 0.0
         os.eventfd_write(self._wake, 1)
 
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` called in the mirror's thread, when what Linux has told by then is in the tables."""
+        job: Future[T] = Future()
+        with self._lock:
+            if self._stopped:
+                raise self.error or Error("the mirror is closed")
+            self._jobs.append((function, job))
+        os.eventfd_write(self._wake, 1)
+        return job
+
+    def call(self, function: Callable[[], T], timeout: float | None = None) -> T:
+        """`submit`, and wait for the result. Raises what it raises, TimeoutError after so many seconds."""
+        return self.submit(function).result(timeout)
+
     # -- in the thread
+
+    def fresh(self) -> State:
+        """A new copy of the kernel's state, to compare with `state`: both know what was told until now.
+
+        Raises as a dump does; forwarding, and `state`, are not disturbed.
+        """
+        fresh = self._dump()
+        told = list(self._pending)
+        self._act()
+        self._pending.extend(told)
+        self._replay(fresh, Changes())
+        return fresh
 
     @property
     def suspended(self) -> bool:
@@ -184,7 +226,7 @@ class Mirror:
                         function()
         except BaseException as error:
             self.error, self.phase = error, FAILED
-            if self._synced.is_set():  # otherwise wait_synced raises it
+            if self._synced.is_set() and not self._closing:  # otherwise wait_synced raises it
                 log.exception("the mirror has stopped")
                 self.suspend("mirror", f"the mirror has stopped: {error}")
         finally:
@@ -192,8 +234,11 @@ class Mirror:
             with self._lock:
                 self._stopped = True
                 waiting, self._waiting = self._waiting, []
+                jobs, self._jobs = self._jobs, []
             for event in waiting:
                 event.set()
+            for _, job in jobs:
+                job.set_exception(Error("the mirror is closed"))
 
     def _turn(self, timeout: float) -> None:
         """Wait for something, take in what is there, and let those who wait for that go on."""
@@ -204,26 +249,38 @@ class Mirror:
                 os.eventfd_read(self._wake)
         with self._lock:
             waiting, self._waiting = self._waiting, []
+            jobs, self._jobs = self._jobs, []
         try:
             while self._receive():
                 self._act()
         except (Overrun, Malformed) as error:
             log.info("synchronising again: %s", error)
             self._stale, self._resync_at = True, 0.0
-        if waiting and self._resync_at == 0.0:
+        if (waiting or jobs) and self._resync_at == 0.0:
             self._synchronise()
         for netlink, function in self._watched.items():
             if netlink.fileno() in found or (waiting and netlink.ready()):
                 function()
         for event in waiting:
             event.set()
+        for job in jobs:
+            self._do(*job)
+
+    def _do(self, function: Callable[[], Any], job: Future[Any]) -> None:
+        try:
+            job.set_result(function())
+        except Exception as error:  # the caller's to deal with
+            job.set_exception(error)
+        if self._stale:
+            self._resync_at = 0.0
 
     def _receive(self) -> bool:
         """Take waiting datagrams, a batch at most, off the notification socket; False when there was none."""
         for taken in range(BATCH):
-            if not self._notifications.ready():
+            datagram = self._notifications.datagram(wait=False)
+            if datagram is None:
                 return taken > 0
-            self._pending.extend(self._notifications.receive())
+            self._pending.append(bytes(datagram))
         return True
 
     def _act(self) -> None:
@@ -232,10 +289,14 @@ class Mirror:
             self._replay(self.state, changes)
         finally:  # what came before a message that cannot be has changed the state, and counts
             self._update(self.state, changes)
+            self.state.numbering.tidy()
 
     def _replay(self, state: State, changes: Changes) -> None:
-        while self._pending:
-            state.apply(self._pending.popleft(), changes)
+        try:
+            while self._pending:
+                state.take(self._pending.popleft(), changes)
+        finally:
+            state.harvest(changes)
         if changes.resync and self._resync_at is None:
             self._resync_at = time.monotonic() + RETRY
 
@@ -277,14 +338,16 @@ class Mirror:
 
     def _dump(self) -> State:
         """Everything, from the kernel; notifications that arrive meanwhile are left in `_pending`."""
-        state = State()
-        for _ in range(PATIENCE):
+        state = State(self.state)
+        wanted = DUMPS + (DUMPS6 if os.path.exists("/proc/sys/net/ipv6") else ())
+        for pause in PATIENCE:
+            time.sleep(pause)
             try:
                 if self._stale:
                     self._reopen()
-                state, whole = State(), True
+                state, whole = State(self.state), True
                 with Netlink(buffer=1 << 21) as dumps:
-                    for name, kind, body in DUMPS:
+                    for name, kind, body in wanted:
                         whole &= self._take(state, dumps, name, kind, body)
                 if whole:
                     return state
@@ -299,16 +362,16 @@ class Mirror:
 
     def _take(self, state: State, dumps: Netlink, name: str, kind: int, body: bytes) -> bool:
         """One dump into `state`; False when something changed while it ran. Raises Overrun, Malformed, OSError."""
-        changes, done = Changes(), 0
-        first = self._progress is not None and not self._synced.is_set()
+        changes = Changes()
+
+        def take(datagram: memoryview, sequence: int) -> tuple[int, list[Message]]:
+            return state.take(datagram, changes, dump=True, sequence=sequence)
+
         try:
-            for batch in dumps.dump(kind, body):
-                for message in batch:
-                    state.apply(message, changes, dump=True)
+            for _ in dumps.dump_into(take, kind, body):
                 self._receive()
-                done += len(batch)
-                if first and self._progress is not None:
-                    self._progress(name, done, 0)
+                if self._progress is not None and not self._synced.is_set():
+                    self._progress(name, len(state.rib) + len(state.rib6), 0)
                 if self._closing:
                     raise Error("closed while synchronising")
         except Interrupted:

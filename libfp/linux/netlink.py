@@ -8,11 +8,13 @@ dump, and never with a crash. Integers are in host byte order, as netlink has th
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
 import select
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -52,18 +54,27 @@ class Message(NamedTuple):
     body: memoryview
 
 
+Take = Callable[[memoryview, int], tuple[int, list[Message]]]
+
+
+def first(view: memoryview) -> Message:
+    """The message with which `view` begins. Raises `Malformed` where its length does not fit."""
+    if len(view) < _HEADER.size:
+        raise Malformed(f"{len(view)} bytes after the last netlink message")
+    length, kind, flags, sequence, _port = _HEADER.unpack_from(view)
+    if length < _HEADER.size or length > len(view):
+        raise Malformed(f"netlink message of {length} bytes where {len(view)} are left")
+    return Message(kind, flags, sequence, view[_HEADER.size : length])
+
+
 def messages(buffer: bytes | bytearray | memoryview) -> Iterator[Message]:
     """The messages of one datagram. Raises `Malformed` where a length does not fit what is left."""
     view = memoryview(buffer)
-    at, end = 0, len(view)
-    while end - at >= _HEADER.size:
-        length, kind, flags, sequence, _port = _HEADER.unpack_from(view, at)
-        if length < _HEADER.size or length > end - at:
-            raise Malformed(f"netlink message of {length} bytes where {end - at} are left")
-        yield Message(kind, flags, sequence, view[at + _HEADER.size : at + length])
-        at += (length + 3) & ~3
-    if at < end:
-        raise Malformed(f"{end - at} bytes after the last netlink message")
+    at = 0
+    while at < len(view):
+        message = first(view[at:])
+        yield message
+        at += (_HEADER.size + len(message.body) + 3) & ~3
 
 
 def attribute_list(body: memoryview, start: int = 0) -> Iterator[tuple[int, memoryview]]:
@@ -171,9 +182,21 @@ class Netlink:
 
         Raises `Overrun` when notifications were lost, `Malformed` for a truncated datagram or wrong lengths.
         """
+        datagram = self.datagram()
+        assert datagram is not None
+        return list(messages(bytes(datagram)))
+
+    def datagram(self, wait: bool = True) -> memoryview | None:
+        """The next datagram from the kernel, in the receive buffer: valid until the next call.
+
+        None when there is none and it is not to be waited for. Raises as `receive` does.
+        """
+        waiting = 0 if wait else socket.MSG_DONTWAIT
         while True:
             try:
-                length, _, flags, sender = self.socket.recvmsg_into([self._buffer])
+                length, _, flags, sender = self.socket.recvmsg_into([self._buffer], 0, waiting)
+            except BlockingIOError:
+                return None
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
                     raise Overrun("netlink notifications were lost: receive buffer full") from error
@@ -182,7 +205,7 @@ class Netlink:
                 continue
             if flags & socket.MSG_TRUNC:
                 raise Malformed(f"netlink datagram larger than {len(self._buffer)} bytes")
-            return list(messages(bytes(self._buffer[:length])))
+            return memoryview(self._buffer)[:length]
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True when a datagram (or an overrun) is waiting; waits up to `timeout` seconds."""
@@ -219,16 +242,35 @@ class Netlink:
 
         Raises `Interrupted` at the end of a dump that changed while it ran: something may be missing from it.
         """
+        batch: list[Message] = []
+
+        def take(datagram: memoryview, sequence: int) -> tuple[int, list[Message]]:
+            mine = [message for message in messages(bytes(datagram)) if message.sequence == sequence]
+            batch.extend(message for message in mine if message.type >= NLMSG_MIN_TYPE)
+            return functools.reduce(operator.or_, (m.flags for m in mine), 0), [
+                message for message in mine if message.type < NLMSG_MIN_TYPE
+            ]
+
+        for _ in self.dump_into(take, kind, body, timeout):
+            yield tuple(batch)
+            batch.clear()
+
+    def dump_into(self, take: Take, kind: int, body: bytes, timeout: float = 10.0) -> Iterator[None]:
+        """Request a dump and hand each datagram to `take`, with the sequence number that its messages must have.
+
+        `take` returns the flags of the messages and those that are of netlink itself. Yields after each datagram;
+        raises as `dump` does.
+        """
         sequence = self.send(kind, NLM_F_DUMP, body)
-        interrupted = False
-        while True:
+        interrupted = done = False
+        while not done:
             if not self.ready(timeout):
                 raise Error(f"no netlink reply within {timeout:g} s")
-            batch: list[Message] = []
-            for message in self.receive():
-                if message.sequence != sequence:
-                    continue
-                interrupted = interrupted or bool(message.flags & NLM_F_DUMP_INTR)
+            datagram = self.datagram()
+            assert datagram is not None
+            flags, control = take(datagram, sequence)
+            interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+            for message in control:
                 if message.type == NLMSG_ERROR:
                     _raise(message)
                 if message.type == NLMSG_OVERRUN:
@@ -236,12 +278,10 @@ class Netlink:
                 if message.type == NLMSG_DONE:
                     if len(message.body) >= 4 and _s32.unpack_from(message.body)[0] < 0:
                         _raise(message)
-                    yield tuple(batch)
-                    if interrupted:
-                        raise Interrupted("netlink dump changed while it ran")
-                    return
-                batch.append(message)
-            yield tuple(batch)
+                    done = True
+            yield
+        if interrupted:
+            raise Interrupted("netlink dump changed while it ran")
 
     def dump_all(self, kind: int, body: bytes, attempts: int = 5) -> list[Message]:
         """A whole dump as one list, asked for again when it was interrupted. For dumps that are not bulk."""

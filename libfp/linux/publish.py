@@ -2,27 +2,69 @@
 
 All routes through one gateway share a next hop, so that a neighbour that changes costs one write. Order matters, as
 every write is seen by running workers in the order made: a next hop is written before the first route to it, and
-removed after the last. So prefixes are collected, and written together by `flush`.
+removed after the last. So prefixes are collected, and written together by `flush`: longer ones before shorter ones, so
+that a packet never meets a shorter one because a longer one is still to come. It meets none then, and goes to Linux.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from libfp.errors import TableFull
 from libfp.linux.decide import VIA_LINUX, Via
+from libfp.linux.prefixes import PrefixMap, unique
 from libfp.linux.rtnetlink import Prefix
-from libfp.stages.routes import Drop, Forward, Punt, Routes
+from libfp.stages.routes import Action, Drop, Forward, Punt, Routes
 
 Key = Via | Punt | Drop  # what a next hop is known by: a neighbour, whose action changes, or an action itself
 
 
 @dataclass
 class _Entry:
+    key: Key
     index: int
     users: int
     action: Forward | Punt | Drop
+
+
+class _Family:
+    """One table of prefixes, and the next-hop indexes that it has, or should have."""
+
+    def __init__(self, table: Any, bits: int) -> None:
+        self.table, self.wanted = table, PrefixMap(bits)
+        self.unwritten: list[np.ndarray] = []  # rows of prefixes whose index in the table may be another
+
+    def flush(self) -> None:
+        if not self.unwritten:
+            return
+        rows = unique(np.concatenate(self.unwritten))
+        rows = rows[np.argsort(-rows[:, 2], kind="stable")]
+        self.unwritten = [rows]
+        indexes = self.wanted.get_all(rows)
+        stored = indexes != 0
+        order = np.concatenate([np.flatnonzero(stored), np.flatnonzero(~stored)[::-1]])
+        try:
+            self._apply(rows[order], indexes[order])
+        except TableFull:  # perhaps there is room when the others are gone
+            order = np.roll(order, len(order) - int(stored.sum()))
+            self._apply(rows[order], indexes[order])
+        self.unwritten = []
+
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the table holds: rows and indexes."""
+        addresses, lengths, indexes = self.table.routes()
+        halves = addresses if self.wanted.bits == 128 else np.column_stack([addresses, np.zeros_like(addresses)])
+        return np.column_stack([halves.astype(np.int64), lengths]), np.asarray(indexes)
+
+    def _apply(self, rows: np.ndarray, indexes: np.ndarray) -> None:
+        if self.wanted.bits == 32:
+            self.table.apply(rows[:, 0].tolist(), rows[:, 2].tolist(), indexes.tolist())
+        else:
+            self.table.apply(rows[:, :2].view(np.uint64), rows[:, 2], indexes)
 
 
 class Publisher:
@@ -32,64 +74,93 @@ class Publisher:
     """
 
     def __init__(self, routes: Routes, resolve: Callable[[Via], Forward | Punt]) -> None:
-        self._routes = routes
+        self._next_hops = routes.next_hops
         self._resolve = resolve
         self._hops: dict[Key, _Entry] = {}
+        self._by_index: dict[int, _Entry] = {}
         self._by_link: dict[int, set[Via]] = {}
-        self._by_index: dict[int, Via] = {}
-        self._prefixes: dict[Prefix, Key] = {}
-        self._unwritten: dict[Prefix, int] = {}  # next-hop indexes, 0 to remove
-        self._released: list[Key] = []  # no longer led to, once `_unwritten` is written
+        self._idle: set[int] = set()  # indexes to which nothing may lead any more once all is written
+        self.families = {32: _Family(routes.fib, 32)}
+        if getattr(routes, "fib6", None) is not None:
+            self.families[128] = _Family(routes.fib6, 128)  # type: ignore[attr-defined]
         self.suspended = False
 
     def __len__(self) -> int:
-        return len(self._prefixes)
+        return sum(len(family.wanted) for family in self.families.values())
 
     def get(self, prefix: Prefix) -> Key | None:
         """What was last set for exactly this prefix."""
-        return self._prefixes.get(prefix)
+        index = self.families[prefix.bits].wanted.get(prefix)
+        return self._by_index[index].key if index else None
+
+    def said(self, index: int) -> Key | None:
+        """The next hop of that index."""
+        return self._by_index[index].key if index in self._by_index else None
 
     def set(self, prefix: Prefix, key: Key | None) -> None:
         """Route a prefix to a next hop, or, with None, nowhere; done by the next `flush`."""
-        old = self._prefixes.get(prefix)
-        if old == key:
-            return
+        family, index = self.families[prefix.bits], self.index(key)
+        old = family.wanted.put(prefix, index)
+        if old != index:
+            family.unwritten.append(np.array([prefix.row()], np.int64))
+            self._count(index, 1)
+            self._count(old, -1)
+
+    def set_all(self, bits: int, rows: np.ndarray, indexes: np.ndarray) -> None:
+        """`set` many different prefixes of one family to what `index` gave, 0 for nowhere."""
+        family = self.families[bits]
+        old = family.wanted.put_all(rows, indexes)
+        differ = old != indexes
+        if differ.any():
+            family.unwritten.append(rows[differ])
+            for counted, by in ((indexes, 1), (old, -1)):
+                counts = np.bincount(counted[differ])
+                for index in np.flatnonzero(counts).tolist():
+                    self._count(index, by * int(counts[index]))
+
+    def index(self, key: Key | None) -> int:
+        """The index of a next hop, which is made if need be, and goes with the next `flush` if nothing leads to it."""
         if key is None:
-            self._unwritten[prefix] = 0
-            del self._prefixes[prefix]
-        else:
-            self._unwritten[prefix] = self._acquire(key)
-            self._prefixes[prefix] = key
-        if old is not None:
-            self._released.append(old)
+            return 0
+        entry = self._hops.get(key)
+        if entry is None:
+            action = self._action(key)
+            entry = self._hops[key] = _Entry(key, self._next_hops.add(action), 0, action)
+            self._by_index[entry.index] = entry
+            self._idle.add(entry.index)
+            if isinstance(key, Via):
+                self._by_link.setdefault(key.link, set()).add(key)
+        return entry.index
+
+    def _count(self, index: int, by: int) -> None:
+        if index:
+            entry = self._by_index[index]
+            entry.users += by
+            if entry.users == 0:
+                self._idle.add(index)
 
     def flush(self) -> None:
         """Write what was set. On TableFull, what did not fit is written by a later flush, when there is room."""
-        if self._unwritten:
-            stored = [(prefix, index) for prefix, index in self._unwritten.items() if index]
-            removed = [(prefix, 0) for prefix, index in self._unwritten.items() if not index]
-            try:
-                self._apply(stored + removed)
-            except TableFull:
-                self._apply(removed + stored)
-            self._unwritten.clear()
-        released, self._released = self._released, []
-        for key in released:
-            self._release(key)
+        for family in self.families.values():
+            family.flush()
+        idle, self._idle = self._idle, set()
+        for index in idle:
+            entry = self._by_index[index]
+            if entry.users == 0:
+                self._remove(entry)
 
-    def _apply(self, changes: list[tuple[Prefix, int]]) -> None:
-        self._routes.fib.apply(
-            [prefix.address for prefix, _ in changes],
-            [prefix.length for prefix, _ in changes],
-            [index for _, index in changes],
-        )
+    def _remove(self, entry: _Entry) -> None:
+        del self._hops[entry.key], self._by_index[entry.index]
+        if isinstance(entry.key, Via):
+            self._by_link[entry.key.link].discard(entry.key)
+        self._next_hops.remove(entry.index)
 
     def refresh(self, vias: Iterable[Via]) -> None:
         """Look again at what these next hops do; those that nothing uses are skipped."""
         for via in vias:
             entry = self._hops.get(via)
             if entry is not None:
-                self._write(via, entry)
+                self._write(entry)
 
     def through(self, link: int, address: bytes | None = None) -> list[Via]:
         """The next hops in use on a link, or those of one neighbour on it."""
@@ -97,43 +168,29 @@ class Publisher:
 
     def used(self) -> list[Via]:
         """The neighbours that workers have sent packets to since the last call."""
-        return [self._by_index[index] for index in self._routes.next_hops.used() if index in self._by_index]
+        found = (self._by_index[index].key for index in self._next_hops.used() if index in self._by_index)
+        return [key for key in found if isinstance(key, Via)]
 
     def suspend(self, suspended: bool) -> None:
         """Leave every packet to Linux, or stop doing so."""
         self.suspended = suspended
-        for key, entry in self._hops.items():
-            self._write(key, entry)
+        for entry in self._hops.values():
+            self._write(entry)
+
+    def check(self) -> Iterator[tuple[Key, Action, Action]]:
+        """Next hops that do not do what they are due to, with what they do and what is due."""
+        for entry in self._hops.values():
+            held, due = self._next_hops[entry.index], self._action(entry.key)
+            if held != due:
+                yield entry.key, held, due
 
     def _action(self, key: Key) -> Forward | Punt | Drop:
         if self.suspended:
             return VIA_LINUX
         return self._resolve(key) if isinstance(key, Via) else key
 
-    def _write(self, key: Key, entry: _Entry) -> None:
-        action = self._action(key)
+    def _write(self, entry: _Entry) -> None:
+        action = self._action(entry.key)
         if action != entry.action:
-            self._routes.next_hops[entry.index] = action
+            self._next_hops[entry.index] = action
             entry.action = action
-
-    def _acquire(self, key: Key) -> int:
-        entry = self._hops.get(key)
-        if entry is None:
-            action = self._action(key)
-            entry = self._hops[key] = _Entry(self._routes.next_hops.add(action), 0, action)
-            if isinstance(key, Via):
-                self._by_link.setdefault(key.link, set()).add(key)
-                self._by_index[entry.index] = key
-        entry.users += 1
-        return entry.index
-
-    def _release(self, key: Key) -> None:
-        entry = self._hops[key]
-        entry.users -= 1
-        if entry.users:
-            return
-        del self._hops[key]
-        if isinstance(key, Via):
-            self._by_link[key.link].discard(key)
-            del self._by_index[entry.index]
-        self._routes.next_hops.remove(entry.index)

@@ -23,9 +23,11 @@ RTM_TRAFFIC_CONTROL = (36, 37, 44, 45)  # new and deleted qdiscs and filters
 RTM_NEWNETCONF, RTM_DELNETCONF, RTM_GETNETCONF = 80, 81, 82
 RTM_NEWNEXTHOP, RTM_DELNEXTHOP = 104, 105
 GROUP_LINK, GROUP_NEIGH, GROUP_TC, GROUP_IPV4_ADDRESS, GROUP_IPV4_ROUTE, GROUP_IPV4_RULE = 1, 3, 4, 5, 7, 8
+GROUP_IPV6_ADDRESS, GROUP_IPV6_ROUTE, GROUP_IPV6_RULE, GROUP_IPV6_NETCONF = 9, 11, 19, 25
 GROUP_IPV4_NETCONF, GROUP_NEXTHOP = 24, 32
 
 AF_UNSPEC, AF_INET, AF_INET6 = 0, 2, 10
+BITS = {AF_INET: 32, AF_INET6: 128}
 IFF_UP, IFF_LOOPBACK, IFF_RUNNING, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x40, 0x80, 0x10000
 ARPHRD_ETHER = 1
 NUD_INCOMPLETE, NUD_REACHABLE, NUD_STALE, NUD_DELAY, NUD_PROBE = 0x01, 0x02, 0x04, 0x08, 0x10
@@ -60,6 +62,7 @@ class Link:
     kind: str
     master: int
     master_kind: str
+    mtu6: int = 0  # IPv6's, where it has one
 
     @property
     def up(self) -> bool:
@@ -95,13 +98,14 @@ class Hop(NamedTuple):
     """One next hop of a route. An empty `gateway` means that destinations are on the link itself.
 
     `dead` is the kernel's mark for a hop of a multipath route whose link went down or lost its last address. A message
-    says it, too, of a hop whose link has only lost its carrier, where such hops are ignored.
+    says it, too, of a hop whose link has only lost its carrier, where such hops are ignored. `weight` is 1 to 256.
     """
 
     link: int
     gateway: bytes = b""
     encapsulated: bool = False
     dead: bool = False
+    weight: int = 1
 
 
 class Route(NamedTuple):
@@ -126,17 +130,35 @@ class Route(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """`address` is an integer in host order with its host bits zero."""
+    """`address` is an integer in host order with its host bits zero; `bits` is 32 or 128, the family's."""
 
     address: int
     length: int
+    bits: int = 32
 
     def __str__(self) -> str:
-        return f"{ipaddress.IPv4Address(self.address)}/{self.length}"
+        kind = ipaddress.IPv4Address if self.bits == 32 else ipaddress.IPv6Address
+        return f"{kind(self.address)}/{self.length}"
 
     def covers(self, other: Prefix) -> bool:
         """True when every address of `other` is one of ours."""
-        return other.length >= self.length and (self.address ^ other.address) >> (32 - self.length) == 0
+        if other.length < self.length or other.bits != self.bits:
+            return False
+        return (self.address ^ other.address) >> (self.bits - self.length) == 0
+
+    def row(self) -> tuple[int, int, int]:
+        """As compiled code has it: see `libfp.linux.prefixes`."""
+        if self.bits == 32:
+            return self.address, 0, self.length
+        high, low = self.address >> 64, self.address & (1 << 64) - 1
+        return (high ^ 1 << 63) - (1 << 63), (low ^ 1 << 63) - (1 << 63), self.length
+
+    @classmethod
+    def of_row(cls, high: int, low: int, length: int, bits: int) -> Prefix:
+        """What `row` made."""
+        if bits == 32:
+            return cls(high, length)
+        return cls((high & (1 << 64) - 1) << 64 | low & (1 << 64) - 1, length, bits)
 
 
 class NetConf(NamedTuple):
@@ -184,6 +206,11 @@ def link(body: memoryview) -> Link | None:
         info = attributes(found[18])
         kind = text(info[1]) if 1 in info else ""
         master_kind = text(info[4]) if 4 in info else ""  # IFLA_INFO_SLAVE_KIND
+    mtu6 = 0
+    if 26 in found:  # IFLA_AF_SPEC, of it AF_INET6, of it IFLA_INET6_CONF: 32-bit words, the third is the MTU
+        spec = attributes(found[26])
+        conf = attributes(spec[AF_INET6]).get(2, b"") if AF_INET6 in spec else b""
+        mtu6 = u32(memoryview(conf)[8:]) if len(conf) >= 12 else 0
     return Link(
         index=index,
         name=text(found[3]) if 3 in found else "",
@@ -194,6 +221,7 @@ def link(body: memoryview) -> Link | None:
         kind=kind,
         master=u32(found[10]) if 10 in found else 0,
         master_kind=master_kind,
+        mtu6=mtu6,
     )
 
 
@@ -217,21 +245,27 @@ def neighbour(body: memoryview) -> Neighbour | None:
 
 
 def route(body: memoryview) -> tuple[Prefix, Route] | None:
-    """Decode RTM_NEWROUTE, RTM_DELROUTE for IPv4; None for other families and for cached (cloned) routes."""
-    family, length, _src, tos, table, protocol, scope, kind, flags = _fixed(_RTMSG, body)
-    if family != AF_INET or flags & RTM_F_CLONED:
+    """Decode RTM_NEWROUTE, RTM_DELROUTE; None for other families than IP and for cached (cloned) routes.
+
+    `libfp.linux.bulk` relies on this: the route depends on neither the prefix nor RTA_CACHEINFO.
+    """
+    family, length, src, tos, table, protocol, scope, kind, flags = _fixed(_RTMSG, body)
+    bits = BITS.get(family)
+    if bits is None or flags & RTM_F_CLONED:
         return None
-    if length > 32:
-        raise Malformed(f"an IPv4 prefix of {length} bits")
+    if length > bits:
+        raise Malformed(f"a prefix of {length} bits where an address has {bits}")
     found = attributes(body, 12)
     destination = found.get(1)
-    if destination is not None and len(destination) != 4:
-        raise Malformed(f"an IPv4 destination of {len(destination)} bytes")
-    bits = int.from_bytes(destination, "big") if destination is not None else 0
+    if destination is not None and len(destination) != bits // 8:
+        raise Malformed(f"a destination of {len(destination)} bytes where an address has {bits // 8}")
+    address = int.from_bytes(destination, "big") if destination is not None else 0
     if 15 in found:
         table = u32(found[15])
     if 9 in found:
         hops = _multipath(found[9])
+        if bits == 128:  # the kernel begins now with this one, now with that
+            hops = tuple(sorted(hops))
     else:
         hop = _hop(found, u32(found[4]) if 4 in found else 0, flags)
         hops = (hop,) if hop.link else ()
@@ -239,9 +273,9 @@ def route(body: memoryview) -> tuple[Prefix, Route] | None:
     if 8 in found:
         metrics = attributes(found[8])
         mtu = u32(metrics[2]) if 2 in metrics else 0
-    return Prefix(bits & (-1 << (32 - length)) & 0xFFFFFFFF, length), Route(
+    return Prefix(address >> (bits - length) << (bits - length), length, bits), Route(
         table=table,
-        tos=tos,
+        tos=tos or src,  # of IPv6, a route by source address: neither is looked at here
         metric=u32(found[6]) if 6 in found else 0,
         type=kind,
         scope=scope,
@@ -264,10 +298,10 @@ def _multipath(body: memoryview) -> tuple[Hop, ...]:
     hops = []
     at = 0
     while len(body) - at >= _RTNEXTHOP.size:
-        length, flags, _weight, index = _RTNEXTHOP.unpack_from(body, at)
+        length, flags, weight, index = _RTNEXTHOP.unpack_from(body, at)
         if length < _RTNEXTHOP.size or length > len(body) - at:
             raise Malformed(f"a next hop of {length} bytes where {len(body) - at} are left")
-        hops.append(_hop(attributes(body[at : at + length], 8), index, flags))
+        hops.append(_hop(attributes(body[at : at + length], 8), index, flags)._replace(weight=weight + 1))
         at += (length + 3) & ~3
     return tuple(hops)
 

@@ -1,8 +1,8 @@
 """What we know of Linux's links, addresses, neighbours, settings and routes, and how each message changes it.
 
-`State.apply` takes one message and adds to a `Changes` what it changed. Messages may repeat what is known already and
-may be older than the dump that a state was made from (they are replayed after it): the result is that of the last one.
-Nothing here does input or output.
+`State.take` takes in datagrams, `State.apply` one message; both add to a `Changes` what that changed. Messages may
+repeat what is known already and may be older than the dump that a state was made from (they are replayed after it): the
+result is that of the last one. Nothing here does input or output.
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from libfp.linux import rtnetlink as rt
+from libfp.linux.bulk import Bulk
 from libfp.linux.netlink import NLM_F_APPEND, Message
-from libfp.linux.rib import TABLES, Rib
+from libfp.linux.prefixes import prefixes, unique
+from libfp.linux.rib import TABLES, Numbering, Rib
 
 USABLE = rt.NUD_PERMANENT | rt.NUD_NOARP | rt.NUD_REACHABLE | rt.NUD_PROBE | rt.NUD_STALE | rt.NUD_DELAY
+FEW = 64  # rows that are better off as prefixes
 
 
 @dataclass
 class Changes:
-    """What a batch of messages changed. Links are by index, neighbours by (link, address bytes)."""
+    """What a batch of messages changed. Links are by index, neighbours by (link, address bytes).
+
+    Prefixes that changed are in `prefixes` or, where they are many, in the arrays of `rows` (`libfp.linux.prefixes`)
+    by family, 32 or 128 bits; `of` has them all.
+    """
 
     prefixes: set[rt.Prefix] = field(default_factory=set)
     neighbours: set[tuple[int, bytes]] = field(default_factory=set)
@@ -27,21 +36,55 @@ class Changes:
     netconf: bool = False  # forwarding or rp_filter of some interface
     policy: bool = False  # a policy rule or a traffic control object: the guard must look again
     resync: bool = False  # something changed that its message does not tell in full
+    rows: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.prefixes or self.neighbours or self.links or self.netconf or self.policy or self.resync)
+        found = self.prefixes or self.neighbours or self.links or self.netconf or self.policy or self.resync
+        return bool(found or self.rows)
+
+    def add_rows(self, bits: int, rows: np.ndarray) -> None:
+        """These prefixes have changed."""
+        if len(rows) <= FEW:
+            self.prefixes.update(prefixes(rows, bits))
+        else:
+            self.rows.setdefault(bits, []).append(rows)
+
+    def of(self, bits: int) -> np.ndarray:
+        """Rows of all prefixes of a family that changed, each once."""
+        few = [prefix.row() for prefix in self.prefixes if prefix.bits == bits]
+        return unique(np.concatenate([np.array(few, np.int64).reshape(-1, 3), *self.rows.get(bits, ())]))
 
 
 class State:
-    """One copy of the kernel's state. Made from a dump, kept by notifications, compared with the next dump's."""
+    """One copy of the kernel's state. Made from a dump, kept by notifications, compared with the next dump's.
 
-    def __init__(self) -> None:
+    `like` is a state to compare with: the two then number their routes alike.
+    """
+
+    def __init__(self, like: State | None = None) -> None:
         self.links: dict[int, rt.Link] = {}
         self.addresses: dict[int, set[rt.Address]] = {}  # IPv4, by link
+        self.addresses6: dict[int, set[rt.Address]] = {}
         self.neighbours: dict[tuple[int, bytes], rt.Neighbour] = {}
         self.netconf: dict[int, rt.NetConf] = {}  # IPv4, by link, with the pseudo links "all" and "default"
-        self.rib = Rib()
-        self.default_table = False  # table 253 holds routes: what finds none elsewhere is left to Linux anyway
+        self.netconf6: dict[int, rt.NetConf] = {}
+        self.numbering: Numbering = like.numbering if like else Numbering()
+        self.bulk: Bulk = like.bulk if like else Bulk(self.numbering)
+        self.rib, self.rib6 = Rib(self.numbering), Rib(self.numbering, 128)
+        self.ribs = {32: self.rib, 128: self.rib6}
+        # table 253 holds routes: what finds none elsewhere is left to Linux anyway
+        self.default_table: bool = bool(like and like.default_table)
+        self.bulk.links_changed()
+
+    def take(
+        self, datagram: memoryview | bytes, changes: Changes, dump: bool = False, sequence: int = -1
+    ) -> tuple[int, list[Message]]:
+        """Take in a datagram, of a dump or of notifications; see `Bulk.take`. `harvest` completes the changes."""
+        return self.bulk.take(self, memoryview(datagram), changes, dump, sequence)
+
+    def harvest(self, changes: Changes) -> None:
+        """Add to `changes` what `take` has left to be added at once."""
+        self.bulk.harvest(changes)
 
     def apply(self, message: Message, changes: Changes, dump: bool = False) -> None:
         """Take in one message, of a dump or a notification. Raises `Malformed`; other kinds are ignored."""
@@ -66,22 +109,39 @@ class State:
         if decoded is None:
             return
         prefix, route = decoded
-        if route.table not in TABLES:
-            self.default_table = self.default_table or (new and route.table == rt.TABLE_DEFAULT)
+        if not self._wanted(route):
             return
-        if self.rib.add(prefix, self._marked(route), flags) if new else self.rib.remove(prefix, route):
+        rib = self.ribs[prefix.bits]
+        if rib.add(prefix, self._marked(route, prefix.bits), flags) if new else rib.remove(prefix, route):
             changes.prefixes.add(prefix)
 
-    def _marked(self, route: rt.Route) -> rt.Route:
+    def route_of(self, message: Message) -> tuple[rt.Route | None, bool]:
+        """The route that a message means, None where it is none of ours; and whether that hangs on links' states."""
+        decoded = rt.route(message.body)
+        if decoded is None or not self._wanted(decoded[1]):
+            return None, False
+        prefix, route = decoded
+        return self._marked(route, prefix.bits), any(hop.dead for hop in route.hops)
+
+    def _wanted(self, route: rt.Route) -> bool:
+        if route.table in TABLES:
+            return True
+        self.default_table = self.default_table or route.table == rt.TABLE_DEFAULT
+        return False
+
+    def _marked(self, route: rt.Route, bits: int) -> rt.Route:
         """The route with hops marked dead only if they are: over a link that is up and has an address none can be."""
         if not any(hop.dead for hop in route.hops):
             return route
         return route._replace(
-            hops=tuple(hop._replace(dead=hop.dead and not self._lives(hop.link)) for hop in route.hops)
+            hops=tuple(hop._replace(dead=hop.dead and not self._lives(hop.link, bits)) for hop in route.hops)
         )
 
-    def _lives(self, link: int) -> bool:
-        return link in self.links and self.links[link].up and bool(self.addresses.get(link))
+    def _lives(self, index: int, bits: int) -> bool:
+        link = self.links.get(index)
+        if link is None or not link.up:
+            return False
+        return bool(self.addresses.get(index)) if bits == 32 else link.carrier
 
     def _neighbour(self, new: bool, neighbour: rt.Neighbour | None, changes: Changes) -> None:
         if neighbour is None:
@@ -95,6 +155,11 @@ class State:
         if old != (neighbour if new else None):
             changes.neighbours.add(key)
 
+    def _rows(self, changes: Changes, method: str, *arguments: Any) -> None:
+        """Have both families' routes act on something, and note what that changes."""
+        for bits, rib in self.ribs.items():
+            changes.add_rows(bits, getattr(rib, method)(*arguments))
+
     def _link(self, new: bool, link: rt.Link | None, changes: Changes) -> None:
         if link is None:
             return
@@ -106,76 +171,89 @@ class State:
         self.links[link.index] = link
         if old == link:
             return
+        self.bulk.links_changed()
         changes.links.add(link.index)
         if old is None:
             return
         if old.up and not link.up:
-            changes.prefixes.update(self.rib.link_down(link.index))
-            changes.resync = changes.resync or self.rib.nexthop_objects > 0
+            self._rows(changes, "link_down", link.index)
+            changes.resync = changes.resync or self._nexthop_objects() > 0
         elif link.up and not old.up:
-            changes.prefixes.update(self.rib.link_up(link.index))
+            changes.add_rows(32, self.rib.link_up(link.index))
+        if link.up and link.carrier and not (old.up and old.carrier):  # IPv6 waits for the carrier
+            changes.add_rows(128, self.rib6.link_up(link.index))
         if old.carrier != link.carrier:
-            changes.prefixes.update(self.rib.using(link.index))
+            self._rows(changes, "using", link.index)
         if old.master != link.master:
             changes.policy = True
 
     def _link_gone(self, index: int, changes: Changes) -> None:
         del self.links[index]
+        self.bulk.links_changed()
         changes.links.add(index)
-        changes.prefixes.update(self.rib.link_gone(index))
-        changes.resync = changes.resync or self.rib.nexthop_objects > 0
-        self.addresses.pop(index, None)
-        self.netconf.pop(index, None)
+        self._rows(changes, "link_gone", index)
+        changes.resync = changes.resync or self._nexthop_objects() > 0
+        for by_link in (self.addresses, self.addresses6, self.netconf, self.netconf6):
+            by_link.pop(index, None)
         for key in [key for key in self.neighbours if key[0] == index]:
             del self.neighbours[key]
             changes.neighbours.add(key)
 
+    def _nexthop_objects(self) -> int:
+        return self.rib.nexthop_objects + self.rib6.nexthop_objects
+
     def _address(self, new: bool, address: rt.Address | None, changes: Changes) -> None:
-        if address is None or address.family != rt.AF_INET:
+        if address is None or address.family not in rt.BITS:
             return
-        mine = self.addresses.setdefault(address.link, set())
+        bits = rt.BITS[address.family]
+        rib, by_link = self.ribs[bits], self.addresses if bits == 32 else self.addresses6
+        mine = by_link.setdefault(address.link, set())
+        self.bulk.links_changed()
         if new:
             mine.add(address)
-            if address.link in self.links and self.links[address.link].up:
-                changes.prefixes.update(self.rib.link_up(address.link))
+            if bits == 32 and address.link in self.links and self.links[address.link].up:
+                changes.add_rows(bits, rib.link_up(address.link))
             return
         mine.discard(address)
-        if not any(other.local == address.local for others in self.addresses.values() for other in others):
-            changes.prefixes.update(self.rib.address_gone(address.local))
-        if not mine:
-            changes.prefixes.update(self.rib.link_down(address.link, host_scope=True))
+        if not any(other.local == address.local for others in by_link.values() for other in others):
+            changes.add_rows(bits, rib.address_gone(address.local))
+        if not mine and bits == 32:
+            changes.add_rows(bits, rib.link_down(address.link, host_scope=True))
 
     def _netconf(self, conf: rt.NetConf | None, changes: Changes) -> None:
-        if conf is None or conf.family != rt.AF_INET:
+        if conf is None or conf.family not in rt.BITS:
             return
-        old = self.netconf.get(conf.link) or rt.NetConf(conf.link, conf.family, None, None, None)
+        bits = rt.BITS[conf.family]
+        known = self.netconf if bits == 32 else self.netconf6
+        old = known.get(conf.link) or rt.NetConf(conf.link, conf.family, None, None, None)
         # a notification carries what changed only
         merged = old._replace(**{name: value for name, value in conf._asdict().items() if value is not None})
-        self.netconf[conf.link] = merged
+        known[conf.link] = merged
         if merged == old:
             return
         changes.netconf = True
         if merged.ignore_linkdown != old.ignore_linkdown:
             for link in self.links if conf.link < 0 else (conf.link,):
-                changes.prefixes.update(self.rib.using(link))
+                changes.add_rows(bits, self.ribs[bits].using(link))
 
     def _nexthop(self, new: bool, body: memoryview, changes: Changes) -> None:
-        if not self.rib.nexthop_objects:
+        if not self._nexthop_objects():
             return
         changes.resync = True  # a group may have lost a member, or routes follow a replaced one without a message
         nhid = rt.nexthop(body)
         if not new and nhid:
-            changes.prefixes.update(self.rib.nexthop_gone(nhid))
+            self._rows(changes, "nexthop_gone", nhid)
 
     # -- questions
 
-    def ignores_linkdown(self, link: int) -> bool:
+    def ignores_linkdown(self, link: int, bits: int = 32) -> bool:
         """True when Linux skips routes over this link while it has no carrier."""
-        return any(conf.ignore_linkdown for conf in (self.netconf.get(link), self.netconf.get(rt.NETCONFA_ALL)) if conf)
+        known = self.netconf if bits == 32 else self.netconf6
+        return any(conf.ignore_linkdown for conf in (known.get(link), known.get(rt.NETCONFA_ALL)) if conf)
 
-    def forwarding(self, link: int) -> bool:
-        """True when Linux forwards IPv4 packets that arrive on this link."""
-        conf = self.netconf.get(link)
+    def forwarding(self, link: int, bits: int = 32) -> bool:
+        """True when Linux forwards packets of the family that arrive on this link: IPv6 knows one switch for all."""
+        conf = self.netconf.get(link) if bits == 32 else self.netconf6.get(rt.NETCONFA_ALL)
         return bool(conf and conf.forwarding)
 
     def rp_filter(self, link: int) -> int:
@@ -197,21 +275,19 @@ class State:
             return {key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key)}
 
         changes = Changes(
-            prefixes=differ(self.rib.routes, other.rib.routes),
             neighbours=differ(self.neighbours, other.neighbours),
             links=differ(self.links, other.links),
-            netconf=self.netconf != other.netconf,
+            netconf=(self.netconf, self.netconf6) != (other.netconf, other.netconf6),
             policy=True,
         )
-        carrier = {link for link in changes.links if link in self.links and link in other.links}
-        for link in carrier:
-            if self.links[link].carrier != other.links[link].carrier:
-                changes.prefixes.update(self.rib.using(link))
-        if changes.netconf:
-            changes.prefixes.update(
-                prefix
-                for link in self.links
-                if self.ignores_linkdown(link) != other.ignores_linkdown(link)
-                for prefix in self.rib.using(link)
-            )
+        for bits, rib in self.ribs.items():
+            if self.numbering is other.numbering:
+                changes.add_rows(bits, rib.map.differences(other.ribs[bits].map))
+            else:
+                changes.prefixes |= differ(dict(rib.routes), dict(other.ribs[bits].routes))
+            for link in self.links.keys() & other.links.keys():
+                if self.links[link].carrier != other.links[link].carrier or (
+                    self.ignores_linkdown(link, bits) != other.ignores_linkdown(link, bits)
+                ):
+                    changes.add_rows(bits, rib.using(link))
         return changes

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from libfp.errors import TableFull
 from libfp.stages.routes import Drop, Forward, Punt
 
@@ -32,6 +34,12 @@ class PlainFib:
             if (address, length) not in self.entries and len(self.entries) >= self._capacity:
                 raise TableFull("the plain table is full")
             self.entries[address, length] = value
+
+    def routes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Addresses, lengths and values."""
+        rows = [(address, length, value) for (address, length), value in self.entries.items()]
+        columns = np.array(rows, np.int64).reshape(-1, 3)
+        return columns[:, 0], columns[:, 1], columns[:, 2]
 
     def lookup(self, address: int) -> int:
         """The value of the longest prefix that covers the address, 0 where there is none."""

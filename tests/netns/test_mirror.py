@@ -313,15 +313,15 @@ def test_resync_disturbs_nothing(net: Net) -> None:
 
 
 def test_interrupted_dumps_are_asked_for_again(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = Netlink.dump, [3]
+    real, left = Netlink.dump_into, [3]
 
-    def dump(self: Netlink, kind: int, body: bytes, timeout: float = 10.0) -> Iterator[Any]:
-        yield from real(self, kind, body, timeout)
+    def dump(self: Netlink, take: Any, kind: int, body: bytes, timeout: float = 10.0) -> Iterator[None]:
+        yield from real(self, take, kind, body, timeout)
         if kind == rt.RTM_GETROUTE and left[0]:
             left[0] -= 1
             raise Interrupted("as if routes had changed meanwhile")
 
-    monkeypatch.setattr(mirror_module.Netlink, "dump", dump)
+    monkeypatch.setattr(mirror_module.Netlink, "dump_into", dump)
     routes = PlainRoutes()
     net.start(routes).wait_synced(10)
     assert not left[0]

@@ -258,7 +258,7 @@ def change_link(draw: st.DrawFn) -> Step:
             state.links[index] = link(index, state.links[index].flags, 1300)
         else:
             state.links[index] = link(index, UP if what == "up" else 0)
-            changes.prefixes.update(state.rib.link_down(index) if what == "down" else state.rib.link_up(index))
+            changes.add_rows(32, state.rib.link_down(index) if what == "down" else state.rib.link_up(index))
         changes.links.add(index)
 
     return step

@@ -1,0 +1,169 @@
+"""IPv6 routes in the mirror: after any sequence of changes it knows what a new dump finds. The kernel is the oracle."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from libfp.linux import rtnetlink as rt
+from libfp.linux.mirror import Mirror
+from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
+from libfp.linux.verify import Verification, verify
+from libfp.testing.netns import Host, Lab, wait_until
+from libfp.testing.plain_routes import PlainRoutes
+
+LINKS = ("r0", "r1", "r2")
+Hops = list[tuple[str, str]]
+
+
+def packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, address)
+
+
+class Router:
+    """A namespace with three links and its mirror, and requests to its kernel: what it refuses is no error here."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.far, self.near = lab.host("far"), lab.host("near")
+        for number, name in enumerate(LINKS):
+            lab.link(self.far, "far" + name, self.near, name)
+            self.near.sysctl(f"net.ipv6.conf.{name}.disable_ipv6", 0)
+            self.near.sysctl(f"net.ipv6.conf.{name}.keep_addr_on_down", number % 2)
+        self.indexes = {name: self.near.index(name) for name in LINKS}
+        self.netlink: Netlink = self.near.call(Netlink)
+        self.log: list[str] = []
+        for number, name in enumerate(LINKS):
+            self.address("add", name, f"2001:db8:{number}::1")
+        self.mirror: Mirror = self.near.call(Mirror, PlainRoutes(), {self.indexes["r0"]: 0, self.indexes["r1"]: 1})
+        self.near.call(self.mirror.start)
+        self.mirror.wait_synced(10)
+
+    def close(self) -> None:
+        self.mirror.close()
+        self.netlink.close()
+
+    def send(self, what: str, kind: int, body: bytes, flags: int = 0) -> None:
+        try:
+            self.netlink.ask(kind, body, flags | 4)
+        except OSError as error:
+            what += f" -> {error}"
+        self.log.append(what)
+
+    def address(self, command: str, link: str, address: str) -> None:
+        body = struct.pack("=BBBBI", rt.AF_INET6, 64, 2, 0, self.indexes[link]) + attribute(2, packed(address))
+        kind = rt.RTM_NEWADDR if command == "add" else rt.RTM_DELADDR
+        self.send(f"address {command} {link} {address}", kind, body, NLM_F_CREATE)
+
+    def route(
+        self, command: str, prefix: str, length: int, kind: int, hops: list[tuple[str, str]], metric: int
+    ) -> None:
+        flags = {
+            "add": NLM_F_CREATE | 0x200,
+            "replace": NLM_F_CREATE | NLM_F_REPLACE,
+            "del": 0,
+            "prepend": NLM_F_CREATE,
+        }
+        flags["append"] = NLM_F_CREATE | NLM_F_APPEND
+        body = struct.pack("=BBBBBBBBI", rt.AF_INET6, length, 0, 0, 254, 4, 0, kind, 0) + attribute(1, packed(prefix))
+        if len(hops) == 1:
+            body += self._hop(*hops[0])
+        elif hops:
+            nested = [attribute(5, packed(via)) if via else b"" for _, via in hops]
+            entries = zip(hops, nested, strict=True)
+            body += attribute(
+                9,
+                b"".join(
+                    struct.pack("=HBBi", 8 + len(rest), 0, len(rest) % 3, self.indexes[link]) + rest
+                    for (link, _), rest in entries
+                ),
+            )
+        if metric:
+            body += attribute(6, struct.pack("=I", metric))
+        what = f"route {command} {prefix}/{length} type {kind} {hops} metric {metric}"
+        self.send(what, rt.RTM_DELROUTE if command == "del" else rt.RTM_NEWROUTE, body, flags[command])
+
+    def _hop(self, link: str, via: str) -> bytes:
+        hop = attribute(4, struct.pack("=I", self.indexes[link]))
+        return hop + attribute(5, packed(via)) if via else hop
+
+    def step(self, choose: random.Random) -> None:
+        what = choose.choices(("route", "address", "link", "carrier"), (20, 4, 2, 1))[0]
+        if what == "route":
+            length = choose.choice((0, 32, 48, 48, 64, 65, 128))
+            whole = int.from_bytes(packed(f"2001:db8:{choose.randrange(8)}::{choose.randrange(2)}"), "big")
+            prefix = socket.inet_ntop(socket.AF_INET6, (whole >> (128 - length) << (128 - length)).to_bytes(16, "big"))
+            kind = choose.choice((rt.UNICAST,) * 6 + (rt.BLACKHOLE, rt.UNREACHABLE, rt.PROHIBIT, rt.THROW))
+            count = choose.choice((1, 1, 1, 2, 3)) if kind == rt.UNICAST else 0
+            hops = [self._way(choose) for _ in range(count)]
+            command = choose.choice(("add", "add", "replace", "append", "prepend", "del", "del"))
+            if command == "del" and choose.random() < 0.5:
+                hops = []
+            # a dump skips what stands between two hops of a multipath route: other routes have other metrics here
+            joins = bool(hops) and all(via for _, via in hops)
+            self.route(command, prefix, length, kind, hops, choose.choice((0, 10, 20) if joins else (5, 15, 25)))
+        elif what == "address":
+            number = choose.randrange(3)
+            self.address(choose.choice(("add", "del")), LINKS[number], f"2001:db8:{number}::{choose.randrange(1, 4)}")
+        elif what == "link":
+            name, up = choose.choice(LINKS), choose.random() < 0.6
+            self.log.append(f"link {name} {'up' if up else 'down'}")
+            (self.near.up if up else self.near.down)(name)
+        else:
+            name, up = choose.choice(LINKS), choose.random() < 0.6
+            self.log.append(f"carrier {name} {'up' if up else 'down'}")
+            (self.far.up if up else self.far.down)("far" + name)
+
+    @staticmethod
+    def _way(choose: random.Random) -> tuple[str, str]:
+        number = choose.randrange(3)
+        gateway = choose.choice((f"2001:db8:{number}::{choose.randrange(8, 11)}", "fe80::9", ""))
+        return LINKS[number], gateway
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    with Lab() as lab:
+        router = Router(lab)
+        try:
+            yield router
+        finally:
+            router.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_notifications_tell_what_a_dump_does(router: Router, seed: int) -> None:
+    choose = random.Random(seed)
+    found: list[Verification] = []
+
+    def same() -> bool:
+        found.append(verify(router.mirror))
+        return not found[-1].differences
+
+    for _ in range(20):
+        for _ in range(6):
+            router.step(choose)
+        try:  # the kernel takes note of a lost carrier up to a second later, and adds addresses when it likes
+            wait_until(same, timeout=3)
+        except TimeoutError:
+            pytest.fail("\n".join([*found[-1].examples, "after", *router.log]))
+    assert found[-1].ipv6_routes > 5
+
+
+def test_settings_are_those_of_all_interfaces(router: Router) -> None:
+    index = router.indexes["r0"]
+    assert not router.mirror.state.forwarding(index, 128)
+    router.near.sysctl("net.ipv6.conf.all.forwarding", 1)
+    router.mirror.barrier()
+    assert router.mirror.state.forwarding(index, 128)
+
+
+def test_a_host_without_ipv6(router: Router) -> None:
+    host: Host = router.near
+    for name in ("all", *LINKS):
+        host.sysctl(f"net.ipv6.conf.{name}.disable_ipv6", 1)
+    wait_until(lambda: (router.mirror.barrier(), verify(router.mirror).differences == 0)[1], what="the same")
+    assert not any(router.mirror.state.addresses6.values())
