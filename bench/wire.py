@@ -15,7 +15,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from libfp.pyxdp import bpf, emit
+from libfp.pyxdp import bpf, emit, program
 from libfp.pyxdp.system import bpf_number, failed, ffi, libc
 from libfp.testing.netns import Host, Lab
 from libfp.testing.packets import udp
@@ -25,7 +25,7 @@ TTL = 64
 SIZE = 64  # bytes of a frame
 BATCH = 64  # frames that the generator sends at once
 REPEAT = (1 << 31) - 1  # frames of one call; between two calls the kernel takes 10 ms, so it is one until `stop`
-PROG_TEST_RUN, LIVE_FRAMES = 10, 1 << 1  # of bpf(2); BPF_F_TEST_XDP_LIVE_FRAMES
+LIVE_FRAMES = 1 << 1  # BPF_F_TEST_XDP_LIVE_FRAMES
 INTERRUPT = signal.SIGURG  # by itself it does nothing
 
 
@@ -57,18 +57,7 @@ class Wire:
 # Frames come back to be sent again as whoever forwarded them left them: the program writes all 64 bytes every time.
 _SEND = """
 define i32 @bench_send(ptr %context) section "program" {{
-  %data32 = load i32, ptr %context
-  %end_at = getelementptr i8, ptr %context, i64 4
-  %end32 = load i32, ptr %end_at
-  %data = zext i32 %data32 to i64
-  %packet = inttoptr i64 %data to ptr
-  %end64 = zext i32 %end32 to i64
-  %end = inttoptr i64 %end64 to ptr
-  %frame_end = getelementptr i8, ptr %packet, i64 64
-  %short = icmp ugt ptr %frame_end, %end
-  br i1 %short, label %drop, label %write
-
-write:
+{bounds}
 {stores}
   ret i32 3
 
@@ -81,23 +70,10 @@ _COUNT = """
 declare i64 @llvm.bpf.pseudo(i64, i64)
 
 define i32 @bench_count(ptr %context) section "program" {{
-  %data32 = load i32, ptr %context
-  %end_at = getelementptr i8, ptr %context, i64 4
-  %end32 = load i32, ptr %end_at
-  %data = zext i32 %data32 to i64
-  %packet = inttoptr i64 %data to ptr
-  %end64 = zext i32 %end32 to i64
-  %end = inttoptr i64 %end64 to ptr
+{bounds}
   %counts64 = call i64 @llvm.bpf.pseudo(i64 2, i64 0)
   %counts = inttoptr i64 %counts64 to ptr
-  %headers = getelementptr i8, ptr %packet, i64 34
-  %short = icmp ugt ptr %headers, %end
-  br i1 %short, label %other, label %whole
-
-whole:
-  %type_at = getelementptr i8, ptr %packet, i64 12
-  %type = load i16, ptr %type_at
-  %ipv4 = icmp eq i16 %type, 8
+  %ipv4 = icmp eq i16 %type, {ipv4}
   %dst_at = getelementptr i8, ptr %packet, i64 30
   %dst = load i32, ptr %dst_at
   %ours = icmp eq i32 %dst, {destination}
@@ -134,7 +110,8 @@ class Generator:
             f"  %at_{n} = getelementptr i8, ptr %packet, i64 {8 * n}\n  store i64 {word}, ptr %at_{n}\n"
             for n, word in words
         )
-        self._program = bpf.Program(emit.compile_bpf(_SEND.format(stores=stores)), "bench_send")
+        text = _SEND.format(bounds=program.bounds(SIZE, "drop"), stores=stores)
+        self._program = bpf.Program(emit.compile_bpf(text), "bench_send")
         self._frame = ffi.from_buffer(frame)
         # struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         context = struct.pack("=IIIIII", 0, SIZE, 0, self._host.index("g0"), 0, 0)
@@ -164,7 +141,7 @@ class Generator:
         attributes = struct.pack("=IIIIQQ", self._program.fd, 0, SIZE, 0, at[0], 0)
         attributes += struct.pack("=IIIIQQIII", REPEAT, 0, 24, 0, at[1], 0, LIVE_FRAMES, 0, BATCH)
         buffer = ffi.new("char[]", attributes.ljust(128, b"\0"))
-        result = libc.syscall(bpf_number(), ffi.cast("long", PROG_TEST_RUN), buffer, ffi.cast("unsigned long", 128))
+        result = libc.syscall(bpf_number(), ffi.cast("long", bpf.PROG_TEST_RUN), buffer, ffi.cast("unsigned long", 128))
         if result < 0 and ffi.errno != errno.EINTR:
             raise failed("BPF_PROG_TEST_RUN with live frames")
 
@@ -198,7 +175,8 @@ class Sink:
     def __init__(self, wire: Wire) -> None:
         destination = struct.unpack("<i", bytes(map(int, DESTINATION.split("."))))[0]
         self._counts = bpf.Map(bpf.ARRAY, 4, 8 * 256, 1, "bench_count")
-        code = emit.link(emit.compile_bpf(_COUNT.format(destination=destination)), [self._counts.fd])
+        text = _COUNT.format(bounds=program.bounds(34, "other"), ipv4=program.IPV4, destination=destination)
+        code = emit.link(emit.compile_bpf(text), [self._counts.fd])
         self._program = bpf.Program(code, "bench_count")
         host: Host = wire.sink
         self._link = host.call(bpf.Link, self._program, host.index("s1"), bpf.NATIVE_MODE)

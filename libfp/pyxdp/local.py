@@ -11,21 +11,22 @@ from typing import Self
 
 from libfp.errors import TableFull
 from libfp.pyxdp import bpf, netlink
-from libfp.pyxdp.filters import parse_prefix
+from libfp.pyxdp.filters import Prefix, parse_prefix
 
 
 class PrefixSet:
-    """A set of IPv4 prefixes ("10.0.0.1" or "10.0.0.0/8") that XDP programs look up, longest prefix first.
+    """A set of prefixes ("10.0.0.1", "2001:db8::/32") that XDP programs look up, longest prefix first.
 
-    One thread changes it. Every change is one system call and is seen by the next packet on every port. Raises
-    BadInput for text that is no prefix, and TableFull.
+    `map` holds those of IPv4, `map6` those of IPv6, each up to `capacity`. One thread changes it. Every change is one
+    system call and is seen by the next packet on every port. Raises BadInput for text that is no prefix, and TableFull.
     """
 
     name = "libfp_prefixes"
 
     def __init__(self, prefixes: Iterable[str] = (), capacity: int = 16384) -> None:
-        self._prefixes: set[ipaddress.IPv4Network] = set()
-        self.map = bpf.Map(bpf.LPM_TRIE, 8, 4, capacity, self.name, bpf.NO_PREALLOC)
+        self._prefixes: set[Prefix] = set()
+        self.map = bpf.Map(bpf.LPM_TRIE, 4 + 4, 4, capacity, self.name, bpf.NO_PREALLOC)
+        self.map6 = bpf.Map(bpf.LPM_TRIE, 4 + 16, 4, capacity, self.name, bpf.NO_PREALLOC)
         try:
             for prefix in prefixes:
                 self.add(prefix)
@@ -51,25 +52,31 @@ class PrefixSet:
 
     def covers(self, address: str) -> bool:
         """What a program's lookup of this address finds, asked from the kernel."""
+        prefix = parse_prefix(address)
         try:
-            self.map[struct.pack("=I", 32) + ipaddress.IPv4Address(address).packed]
+            self._map(prefix)[_key(prefix)]
         except KeyError:
             return False
         return True
 
-    def _add(self, prefix: ipaddress.IPv4Network) -> None:
+    def _map(self, prefix: Prefix) -> bpf.Map:
+        return self.map if prefix.version == 4 else self.map6
+
+    def _add(self, prefix: Prefix) -> None:
+        into = self._map(prefix)
         try:
-            self.map[_key(prefix)] = struct.pack("=I", 1)
+            into[_key(prefix)] = struct.pack("=I", 1)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.E2BIG):
                 raise TableFull(
-                    f"{self.name} holds {len(self)} prefixes and no more", "make it with a larger capacity"
+                    f"{self.name} holds {into.entries} IPv{prefix.version} prefixes and no more",
+                    "make it with a larger capacity",
                 ) from error
             raise
         self._prefixes.add(prefix)
 
-    def _remove(self, prefix: ipaddress.IPv4Network) -> None:
-        self.map.discard(_key(prefix))
+    def _remove(self, prefix: Prefix) -> None:
+        self._map(prefix).discard(_key(prefix))
         self._prefixes.discard(prefix)
 
     def __contains__(self, prefix: str) -> bool:
@@ -82,8 +89,9 @@ class PrefixSet:
         return len(self._prefixes)
 
     def close(self) -> None:
-        """Close the map. Programs that look into it keep it as it is."""
+        """Close the maps. Programs that look into them keep them as they are."""
         self.map.close()
+        self.map6.close()
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +103,7 @@ class PrefixSet:
 
 
 class LocalAddresses(PrefixSet):
-    """This host's own prefixes (the kernel's local table, broadcast included): packets to them stay with Linux.
+    """This host's own prefixes (the kernel's local tables, broadcast and anycast too): packets to them stay with Linux.
 
     One object serves the steering of every port; whoever makes it keeps it current (`libfp.linux` does it from
     netlink messages).
@@ -106,8 +114,8 @@ class LocalAddresses(PrefixSet):
     @classmethod
     def of_host(cls) -> Self:
         """What this network namespace delivers locally now. Nobody keeps it current."""
-        return cls(f"{ipaddress.IPv4Address(address)}/{length}" for address, length in netlink.local_prefixes())
+        return cls(f"{ipaddress.ip_address(address)}/{length}" for address, length in netlink.local_prefixes())
 
 
-def _key(prefix: ipaddress.IPv4Network) -> bytes:
+def _key(prefix: Prefix) -> bytes:
     return struct.pack("=I", prefix.prefixlen) + prefix.network_address.packed

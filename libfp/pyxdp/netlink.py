@@ -125,17 +125,18 @@ def links() -> list[Link]:
 
 
 def local_prefixes() -> set[tuple[bytes, int]]:
-    """Every IPv4 (address, length) that the local table delivers to this host; addresses are 4 bytes in wire order.
+    """Every (address, length) that the local tables deliver to this host; addresses are 4 or 16 bytes in wire order.
 
-    The table and not the list of addresses: it has the broadcast addresses that the kernel made by itself, 127.0.0.0/8,
-    and prefixes that `ip route add local` gave to this host.
+    The tables and not the list of addresses: they have the broadcast and anycast addresses that the kernel made by
+    itself, 127.0.0.0/8, and prefixes that `ip route add local` gave to this host.
     """
     found = set()
-    body = struct.pack("=8BI", socket.AF_INET, 0, 0, 0, TABLE_LOCAL, 0, 0, 0, 0)
-    for kind, data in _ask(RTM_GETROUTE, NLM_F_DUMP, body):
-        if kind != RTM_NEWROUTE:
-            continue
-        length, table, use = data[1], data[4], data[7]
-        if table == TABLE_LOCAL and use in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):
-            found.add((_attributes(data[12:]).get(RTA_DST, bytes(4)), length))
+    for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        body = struct.pack("=8BI", family, 0, 0, 0, TABLE_LOCAL, 0, 0, 0, 0)
+        for kind, data in _ask(RTM_GETROUTE, NLM_F_DUMP, body):
+            if kind != RTM_NEWROUTE or data[0] != family:  # a kernel without IPv6 answers with what it has
+                continue
+            length, table, use = data[1], data[4], data[7]
+            if table == TABLE_LOCAL and use in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):
+                found.add((_attributes(data[12:]).get(RTA_DST, bytes(size)), length))
     return found

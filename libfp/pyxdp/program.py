@@ -6,31 +6,30 @@ wire order as a little-endian processor loads it, so that packets need no swappi
 
 from __future__ import annotations
 
-import ipaddress
+import re
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from libfp.pyxdp.filters import Filter
+from libfp.pyxdp.filters import Filter, Prefix
 
-CONFIG, SOCKETS, LOCAL, ONLY = range(4)  # the order of the maps given to emit.link
+CONFIG, SOCKETS, LOCAL, ONLY, LOCAL6, ONLY6 = range(6)  # the order of the maps given to emit.link
 
 CONFIG_SIZE = 32
 MARKER_AT, MARKER_SIZE = 16, 14
 LONGEST = 0x3FFF  # bytes: the largest frame limit that the program takes
+FAMILIES = {"ipv4": 1, "ipv6": 2}  # bits of the word that says which families are taken
+IPV4, IPV6 = socket.ntohs(0x0800), socket.ntohs(0x86DD)
 
 
-def config(mac: bytes, longest: int, marker: bytes) -> bytes:
-    """The program's settings: the port's MAC, the longest frame to take in bytes, the mark of re-injected frames."""
-    return struct.pack("<6sxxIxxxx14sxx", mac, min(longest, LONGEST), marker)
+def config(mac: bytes, longest: int, families: Iterable[str], marker: bytes) -> bytes:
+    """The program's settings: the port's MAC, the longest frame to take in bytes, which FAMILIES to take, and the mark
+    of re-injected frames."""
+    word = sum(FAMILIES[family] for family in set(families))
+    return struct.pack("<6sxxII14sxx", mac, min(longest, LONGEST), word, marker)
 
 
-_HEAD = """
-declare i64 @llvm.bpf.pseudo(i64, i64)
-declare i16 @llvm.bswap.i16(i16)
-
-define i32 @libfp_steer(ptr %context) section "program" {{
-  %key = alloca {{ i32, i32 }}
+_BOUNDS = """
   %data32 = load i32, ptr %context
   %end_at = getelementptr i8, ptr %context, i64 4
   %end32 = load i32, ptr %end_at
@@ -38,13 +37,33 @@ define i32 @libfp_steer(ptr %context) section "program" {{
   %packet = inttoptr i64 %data to ptr
   %end64 = zext i32 %end32 to i64
   %end = inttoptr i64 %end64 to ptr
-  %config64 = call i64 @llvm.bpf.pseudo(i64 2, i64 {config})
-  %config = inttoptr i64 %config64 to ptr
-  %headers = getelementptr i8, ptr %packet, i64 34
-  %short = icmp ugt ptr %headers, %end
-  br i1 %short, label %pass, label %whole
+  %whole_end = getelementptr i8, ptr %packet, i64 {size}
+  %short = icmp ugt ptr %whole_end, %end
+  br i1 %short, label %{short}, label %whole
 
 whole:
+  %type_at = getelementptr i8, ptr %packet, i64 12
+  %type = load i16, ptr %type_at
+"""
+
+
+def bounds(size: int, short: str) -> str:
+    """What an XDP program begins with: the frame is from %packet to %end; one of at least `size` bytes goes on in the
+    block %whole, which starts here with its EtherType in %type, a shorter one to the block `short`."""
+    return _BOUNDS.format(size=size, short=short)
+
+
+# The keys of longest-prefix maps are made at %key, a length (32 bits) and an address that begins on a whole word.
+_HEAD = f"""
+declare i64 @llvm.bpf.pseudo(i64, i64)
+declare i16 @llvm.bswap.i16(i16)
+
+define i32 @libfp_steer(ptr %context) section "program" {{
+  %key_room = alloca [3 x i64]
+  %key = getelementptr i8, ptr %key_room, i64 4
+  {bounds(34, "pass")}
+  %config64 = call i64 @llvm.bpf.pseudo(i64 2, i64 {CONFIG})
+  %config = inttoptr i64 %config64 to ptr
   %dmac = load i32, ptr %packet
   %dmac_rest_at = getelementptr i8, ptr %packet, i64 4
   %dmac_rest = load i16, ptr %dmac_rest_at
@@ -52,16 +71,6 @@ whole:
   %smac = load i16, ptr %smac_at
   %smac_rest_at = getelementptr i8, ptr %packet, i64 8
   %smac_rest = load i32, ptr %smac_rest_at
-  %type_at = getelementptr i8, ptr %packet, i64 12
-  %type = load i16, ptr %type_at
-  %fragment_at = getelementptr i8, ptr %packet, i64 20
-  %fragment = load i16, ptr %fragment_at
-  %protocol_at = getelementptr i8, ptr %packet, i64 23
-  %protocol = load i8, ptr %protocol_at
-  %src_at = getelementptr i8, ptr %packet, i64 26
-  %src = load i32, ptr %src_at
-  %dst_at = getelementptr i8, ptr %packet, i64 30
-  %dst = load i32, ptr %dst_at
 """
 
 # What the punt path wrote into the TAP comes by here again in generic mode: its mark (14 bytes in front, laid out as an
@@ -96,7 +105,7 @@ reinjected:
 arrived:
 """
 
-_ETHERNET = """
+_ETHERNET = f"""
   %limit_at = getelementptr i8, ptr %config, i64 8
   %limit = load i32, ptr %limit_at
   %limit_bounded = and i32 %limit, 16383
@@ -106,25 +115,49 @@ _ETHERNET = """
   br i1 %too_long, label %pass, label %fits
 
 fits:
-  %ipv4 = icmp eq i16 %type, 8
-  br i1 %ipv4, label %ip, label %pass
-
-ip:
   %mac = load i32, ptr %config
   %mac_rest_at = getelementptr i8, ptr %config, i64 4
   %mac_rest = load i16, ptr %mac_rest_at
-  %mac_same = icmp eq i32 %dmac, %mac
-  %mac_rest_same = icmp eq i16 %dmac_rest, %mac_rest
-  %to_port = and i1 %mac_same, %mac_rest_same
+  %mac_differs = xor i32 %dmac, %mac
+  %mac_rest_differs = xor i16 %dmac_rest, %mac_rest
+  %mac_rest_wide = zext i16 %mac_rest_differs to i32
+  %mac_any = or i32 %mac_differs, %mac_rest_wide
+  %to_port = icmp eq i32 %mac_any, 0
   %group_bit = trunc i32 %dmac to i1
+  %families_at = getelementptr i8, ptr %config, i64 12
+  %families = load i32, ptr %families_at
+  %ipv4 = icmp eq i16 %type, {IPV4}
+  br i1 %ipv4, label %ip_taken, label %not_ipv4
+
+not_ipv4:
+  %ipv6 = icmp eq i16 %type, {IPV6}
+  br i1 %ipv6, label %ip6_taken, label %pass
+"""
+
+_IP = f"""
+ip_taken:
+  %family = and i32 %families, {FAMILIES["ipv4"]}
+  %not_taken = icmp eq i32 %family, 0
+  br i1 %not_taken, label %pass, label %ip
+
+ip:
   %ihl_at = getelementptr i8, ptr %packet, i64 14
   %ihl_byte = load i8, ptr %ihl_at
   %ihl_words = and i8 %ihl_byte, 15
   %ihl_short = shl i8 %ihl_words, 2
   %ihl = zext i8 %ihl_short to i64
+  %ip_header = getelementptr i8, ptr %packet, i64 14
+  %fragment_at = getelementptr i8, ptr %packet, i64 20
+  %fragment = load i16, ptr %fragment_at
+  %protocol_at = getelementptr i8, ptr %packet, i64 23
+  %protocol = load i8, ptr %protocol_at
+  %src_at = getelementptr i8, ptr %packet, i64 26
+  %src = load i32, ptr %src_at
+  %dst_at = getelementptr i8, ptr %packet, i64 30
+  %dst = load i32, ptr %dst_at
 """
 
-# A pin-hole leaves what is not IPv4 at a closer look to Linux; the router takes it, to count it by name.
+# A pin-hole leaves what is not IP at a closer look to Linux; the router takes it, to count it by name.
 _WHOLE_HEADER = """
   %version_ok = icmp uge i8 %ihl_byte, 69
   %ihl_ok = icmp ule i8 %ihl_byte, 79
@@ -141,11 +174,89 @@ _PORTS = """
   %no_ports = icmp ugt ptr %ports_end, %end
 """
 
-_TAIL = """
+# Linux counts packets that are cut short. The verifier forgets the range of what was swapped, so it is masked again;
+# the mask is hidden from LLVM, which knows it to be useless. Neighbour discovery, types 133 to 137 of ICMPv6, is valid
+# with a hop limit of 255 only (RFC 4861).
+_IP6 = f"""
+ip6_taken:
+  %family6 = and i32 %families, {FAMILIES["ipv6"]}
+  %not_taken6 = icmp eq i32 %family6, 0
+  br i1 %not_taken6, label %pass, label %ip6
+
+ip6:
+  %payload = getelementptr i8, ptr %packet, i64 54
+  %short6 = icmp ugt ptr %payload, %end
+  br i1 %short6, label %pass, label %ip6_header
+
+ip6_header:
+  %length_at = getelementptr i8, ptr %packet, i64 18
+  %length_wire = load i16, ptr %length_at
+  %length_short = call i16 @llvm.bswap.i16(i16 %length_wire)
+  %length_wide = zext i16 %length_short to i64
+  %length_hidden = call i64 asm sideeffect "", "=r,0"(i64 %length_wide)
+  %length = and i64 %length_hidden, 65535
+  %payload_end = getelementptr i8, ptr %payload, i64 %length
+  %cut = icmp ugt ptr %payload_end, %end
+  br i1 %cut, label %pass, label %ip6_whole
+
+ip6_whole:
+  %next_at = getelementptr i8, ptr %packet, i64 20
+  %next = load i8, ptr %next_at
+  %hops_at = getelementptr i8, ptr %packet, i64 21
+  %hops = load i8, ptr %hops_at
+  %src6_high_at = getelementptr i8, ptr %packet, i64 22
+  %src6_high = load i64, ptr %src6_high_at, align 8
+  %src6_low_at = getelementptr i8, ptr %packet, i64 30
+  %src6_low = load i64, ptr %src6_low_at, align 8
+  %dst6_high_at = getelementptr i8, ptr %packet, i64 38
+  %dst6_high = load i64, ptr %dst6_high_at, align 8
+  %dst6_low_at = getelementptr i8, ptr %packet, i64 46
+  %dst6_low = load i64, ptr %dst6_low_at, align 8
+  %icmp6 = icmp eq i8 %next, 58
+  %fresh = icmp eq i8 %hops, 255
+  %perhaps = and i1 %icmp6, %fresh
+  br i1 %perhaps, label %icmp6_bounds, label %ip6_known
+
+icmp6_bounds:
+  %icmp_end = getelementptr i8, ptr %packet, i64 55
+  %no_icmp = icmp ugt ptr %icmp_end, %end
+  br i1 %no_icmp, label %ip6_known, label %icmp6_type
+
+icmp6_type:
+  %icmp_type = load i8, ptr %payload
+  %icmp_type_past = sub i8 %icmp_type, 133
+  %discovers = icmp ult i8 %icmp_type_past, 5
+  br label %ip6_known
+
+ip6_known:
+  %discovery = phi i1 [ false, %ip6_whole ], [ false, %icmp6_bounds ], [ %discovers, %icmp6_type ]
+"""
+
+_PORTS6 = """
+  %transport = getelementptr i8, ptr %packet, i64 54
+  %ports_end = getelementptr i8, ptr %packet, i64 58
+  %no_ports = icmp ugt ptr %ports_end, %end
+"""
+
+_WHOLE_HEADER6 = """
+  %version_at = getelementptr i8, ptr %packet, i64 14
+  %version_byte = load i8, ptr %version_at
+  %version = and i8 %version_byte, 240
+  %sound6 = icmp eq i8 %version, 96
+  br i1 %sound6, label %six0, label %pass
+"""
+
+
+def _ports(prefix: str, six: bool) -> str:
+    """%PREFIX_transport, and %PREFIX_no_ports when the frame ends before the ports do."""
+    return re.sub(r"%(transport|ports_end|no_ports)", rf"%{prefix}_\1", _PORTS6 if six else _PORTS)
+
+
+_TAIL = f"""
 redirect:
   %queue_at = getelementptr i8, ptr %context, i64 16
   %queue = load i32, ptr %queue_at
-  %sockets64 = call i64 @llvm.bpf.pseudo(i64 1, i64 {sockets})
+  %sockets64 = call i64 @llvm.bpf.pseudo(i64 1, i64 {SOCKETS})
   %sockets = inttoptr i64 %sockets64 to ptr
   %bpf_redirect_map = inttoptr i64 51 to ptr
   %action = call i64 %bpf_redirect_map(ptr %sockets, i32 %queue, i64 2)
@@ -158,16 +269,16 @@ pass:
 """
 
 
-def _wire32(address: ipaddress.IPv4Address) -> int:
-    return struct.unpack("<I", address.packed)[0]
-
-
-def _lookup(name: str, map_number: int) -> str:
+def _lookup(name: str, map_number: int, six: bool = False) -> str:
     """Look the destination up in a longest-prefix map: %NAME_found is a pointer, null when there is none."""
+    words = [("i64", "%dst6_high"), ("i64", "%dst6_low")] if six else [("i32", "%dst")]
+    stores = "".join(
+        f"  %{name}_at_{n} = getelementptr i8, ptr %key, i64 {4 + 8 * n}\n  store {kind} {word}, ptr %{name}_at_{n}\n"
+        for n, (kind, word) in enumerate(words)
+    )
     return f"""
-  store i32 32, ptr %key
-  %{name}_address_at = getelementptr i8, ptr %key, i64 4
-  store i32 %dst, ptr %{name}_address_at
+  store i32 {128 if six else 32}, ptr %key
+{stores}
   %{name}64 = call i64 @llvm.bpf.pseudo(i64 1, i64 {map_number})
   %{name}_map = inttoptr i64 %{name}64 to ptr
   %{name}_lookup = inttoptr i64 1 to ptr
@@ -176,15 +287,32 @@ def _lookup(name: str, map_number: int) -> str:
 """
 
 
+def _unrouted6(name: str) -> str:
+    """%NAME_unrouted: this address is multicast, link-local (fe80::/10), or in ::/64 (unspecified, loopback, and IPv4
+    addresses in disguise, about which Linux has its own rules)."""
+    return f"""
+  %{name}_first = and i64 %{name}_high, 255
+  %{name}_multicast = icmp eq i64 %{name}_first, 255
+  %{name}_ten = and i64 %{name}_high, {socket.ntohs(0xFFC0)}
+  %{name}_link = icmp eq i64 %{name}_ten, {socket.ntohs(0xFE80)}
+  %{name}_zero = icmp eq i64 %{name}_high, 0
+  %{name}_either = or i1 %{name}_multicast, %{name}_link
+  %{name}_unrouted = or i1 %{name}_either, %{name}_zero
+"""
+
+
 def router(*, generic: bool, only: bool) -> str:
     """The router's default: everything that Linux would forward, and nothing that is for this host or this link."""
-    dst_first = "%dst_first = and i32 %dst, 240"
-    text = [_HEAD.format(config=CONFIG), _REINJECTED if generic else "", _ETHERNET]
-    text.append(f"""
+    return "".join([_HEAD, _REINJECTED if generic else "", _ETHERNET, _router4(only), _router6(only), _TAIL])
+
+
+def _router4(only: bool) -> str:
+    narrowed = f"{_lookup('only', ONLY)}  br i1 %only_none, label %pass, label %redirect" if only else ""
+    return f"""{_IP}
   br i1 %to_port, label %unicast, label %pass
 
 unicast:
-  {dst_first}
+  %dst_first = and i32 %dst, 240
   %multicast = icmp eq i32 %dst_first, 224
   %broadcast = icmp eq i32 %dst, -1
   %dst_net = and i32 %dst, 65535
@@ -204,12 +332,11 @@ routed:
   br i1 %has_ports, label %transport_header, label %addressed
 
 transport_header:
-  %ip_header = getelementptr i8, ptr %packet, i64 14
-  {_PORTS}
-  br i1 %no_ports, label %addressed, label %ports
+  {_ports("udp", six=False)}
+  br i1 %udp_no_ports, label %addressed, label %ports
 
 ports:
-  %dport_at = getelementptr i8, ptr %transport, i64 2
+  %dport_at = getelementptr i8, ptr %udp_transport, i64 2
   %dport = load i16, ptr %dport_at
   %to_server = icmp eq i16 %dport, {socket.ntohs(67)}
   %to_client = icmp eq i16 %dport, {socket.ntohs(68)}
@@ -220,29 +347,85 @@ addressed:
   {_lookup("local", LOCAL)}
   br i1 %local_none, label %foreign, label %pass
 
-foreign:""")
-    if only:
-        text.append(f"{_lookup('only', ONLY)}  br i1 %only_none, label %pass, label %redirect\n")
-    else:
-        text.append("  br label %redirect\n")
-    text.append(_TAIL.format(sockets=SOCKETS))
-    return "".join(text)
+foreign:
+{narrowed or "  br label %redirect"}
+"""
+
+
+def _router6(only: bool) -> str:
+    narrowed = f"{_lookup('only6', ONLY6, six=True)}  br i1 %only6_none, label %pass, label %redirect" if only else ""
+    return f"""{_IP6}
+  br i1 %to_port, label %unicast6, label %pass
+
+unicast6:
+  {_unrouted6("dst6")}{_unrouted6("src6")}
+  %hop_by_hop = icmp eq i8 %next, 0
+  %either6 = or i1 %dst6_unrouted, %src6_unrouted
+  %not_routed6 = or i1 %either6, %hop_by_hop
+  br i1 %not_routed6, label %pass, label %not_discovery
+
+not_discovery:
+  br i1 %discovery, label %pass, label %routed6
+
+routed6:
+  %udp6 = icmp eq i8 %next, 17
+  br i1 %udp6, label %transport6, label %addressed6
+
+transport6:
+  {_ports("udp6", six=True)}
+  br i1 %udp6_no_ports, label %addressed6, label %ports6
+
+ports6:
+  %dport6_at = getelementptr i8, ptr %udp6_transport, i64 2
+  %dport6 = load i16, ptr %dport6_at
+  %to_client6 = icmp eq i16 %dport6, {socket.ntohs(546)}
+  %to_server6 = icmp eq i16 %dport6, {socket.ntohs(547)}
+  %dhcp6 = or i1 %to_client6, %to_server6
+  br i1 %dhcp6, label %pass, label %addressed6
+
+addressed6:
+  {_lookup("local6", LOCAL6, six=True)}
+  br i1 %local6_none, label %foreign6, label %pass
+
+foreign6:
+{narrowed or "  br label %redirect"}
+"""
 
 
 def pinhole(filters: Sequence[Filter], *, generic: bool) -> str:
-    """What any of the filters takes, even when it is addressed to this host."""
-    text = [_HEAD.format(config=CONFIG), _REINJECTED if generic else "", _ETHERNET]
-    text.append(_WHOLE_HEADER)
+    """What any of the filters takes, even when it is addressed to this host. Neighbour discovery is taken only by a
+    filter that names its protocol: without it, Linux would lose the neighbours that every packet needs."""
+    text = [_HEAD, _REINJECTED if generic else "", _ETHERNET]
+    text += [_IP, _WHOLE_HEADER, _chain("filter", [one for one in filters if one.family != 6], six=False)]
+    text += [_IP6, _WHOLE_HEADER6, _chain("six", [one for one in filters if one.family != 4], six=True)]
+    return "".join([*text, _TAIL])
+
+
+def _chain(name: str, filters: Sequence[Filter], six: bool) -> str:
+    """The blocks of the filters, from %NAME0 to %redirect or %pass."""
+    text = []
     for number, filter_ in enumerate(filters):
-        missed = f"filter{number + 1}" if number + 1 < len(filters) else "pass"
-        text.append(_filter(number, filter_, missed))
-    text.append(_TAIL.format(sockets=SOCKETS))
-    return "".join(text)
+        missed = f"{name}{number + 1}" if number + 1 < len(filters) else "pass"
+        text.append(_filter(f"{name}{number}", filter_, missed, six))
+    return "".join(text) or f"\n{name}0:\n  br label %pass\n"
 
 
-def _filter(number: int, wanted: Filter, missed: str) -> str:
-    """The blocks of one filter, from %filterN to %redirect or to the block `missed`."""
-    prefix = f"filter{number}"
+def _words(prefix: Prefix) -> list[tuple[str, str, int, int]]:
+    """What to compare of an address: (suffix of its variable, type, mask, value) of each word that matters."""
+    size, kind, suffixes = (4, "i32", ("",)) if prefix.version == 4 else (8, "i64", ("6_high", "6_low"))
+    words = []
+    for number, suffix in enumerate(suffixes):
+        part = slice(size * number, size * number + size)
+        mask, value = (
+            int.from_bytes(address.packed[part], "little") for address in (prefix.netmask, prefix.network_address)
+        )
+        if mask:
+            words.append((suffix, kind, mask, value))
+    return words
+
+
+def _filter(prefix: str, wanted: Filter, missed: str, six: bool) -> str:
+    """The blocks of one filter, from %PREFIX to %redirect or to the block `missed`."""
     lines = [f"\n{prefix}:"]
     steps = 0
 
@@ -257,20 +440,19 @@ def _filter(number: int, wanted: Filter, missed: str) -> str:
 
     require("%group_bit" if wanted.group else "%to_port")
     if wanted.protocol is not None:
-        require(compare("proto", "eq", "i8", "%protocol", wanted.protocol))
+        require(compare("proto", "eq", "i8", "%next" if six else "%protocol", wanted.protocol))
+    elif six:
+        require(compare("other", "eq", "i1", "%discovery", "false"))
     for name, prefix_wanted in (("src", wanted.src), ("dst", wanted.dst)):
-        if prefix_wanted is not None and prefix_wanted.prefixlen:
-            mask, address = _wire32(prefix_wanted.netmask), _wire32(prefix_wanted.network_address)
-            lines.append(f"  %{prefix}_{name}_masked = and i32 %{name}, {mask}")
-            require(compare(name, "eq", "i32", f"%{prefix}_{name}_masked", address))
+        for suffix, kind, mask, value in _words(prefix_wanted) if prefix_wanted is not None else ():
+            lines.append(f"  %{prefix}_{name}{suffix}_masked = and {kind} %{name}{suffix}, {mask}")
+            require(compare(name + suffix, "eq", kind, f"%{prefix}_{name}{suffix}_masked", value))
     if wanted.sport is not None or wanted.dport is not None:
-        # A fragment is left to Linux: only the first one has ports, and all must go the same way.
-        lines.append(f"  %{prefix}_part = and i16 %fragment, {socket.ntohs(0x3FFF)}")
-        require(compare("whole", "eq", "i16", f"%{prefix}_part", 0))
-        lines.append(f"  %{prefix}_ip_header = getelementptr i8, ptr %packet, i64 14")
-        ports = _PORTS.replace("%transport", f"%{prefix}_transport").replace("%ip_header", f"%{prefix}_ip_header")
-        ports = ports.replace("%ports_end", f"%{prefix}_ports_end").replace("%no_ports", f"%{prefix}_no_ports")
-        lines.append(ports)
+        if not six:
+            # A fragment is left to Linux: only the first one has ports, and all must go the same way.
+            lines.append(f"  %{prefix}_part = and i16 %fragment, {socket.ntohs(0x3FFF)}")
+            require(compare("whole", "eq", "i16", f"%{prefix}_part", 0))
+        lines.append(_ports(prefix, six))
         lines.append(f"  %{prefix}_has_ports = xor i1 %{prefix}_no_ports, true")
         require(f"%{prefix}_has_ports")
         for name, at, ports_wanted in (("sport", 0, wanted.sport), ("dport", 2, wanted.dport)):

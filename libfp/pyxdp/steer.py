@@ -29,6 +29,7 @@ from libfp.pyxdp.local import LocalAddresses, PrefixSet
 from libfp.pyxdp.system import missing_capability
 
 MARK_TYPE = 0x88B5  # IEEE 802 local experimental Ethertype: nothing else on this host has a claim to it
+Family = Literal["ipv4", "ipv6"]
 log = logging.getLogger("libfp.pyxdp")
 
 
@@ -36,14 +37,21 @@ class Steer:
     """Which received frames are redirected to AF_XDP sockets.
 
     Without arguments it is the router's default: IPv4 unicast frames sent to the port's MAC address that are not for
-    this host. To Linux go: other Ethertypes, tagged frames, frames for other MAC addresses (a port may be promiscuous),
-    multicast and broadcast, link-local addresses (source or destination), DHCP, everything in `local`, and frames
-    longer than the port's MTU (segments that the kernel or the NIC has merged). With `only`, a canary: just the
+    this host, and IPv6 ones where `families` has "ipv6". To Linux go: other Ethertypes, tagged frames, frames for other
+    MAC addresses (a port may be promiscuous), multicast and broadcast, link-local addresses (source or destination),
+    DHCP, everything in `local`, and frames longer than the port's MTU (segments that the kernel or the NIC has merged).
+    Of IPv6 also: addresses in ::/64 (unspecified, loopback, mapped), neighbour discovery whatever its addresses,
+    packets with a hop-by-hop header, and those that end before their payload does. With `only`, a canary: just the
     destinations in these prefixes are taken.
 
     With filters it is a pin-hole: what any of the filters takes, and nothing else, *also* when it is addressed to this
-    host; the grammar is in `libfp.pyxdp.filters`. Filters with ports leave fragments to Linux. Multicast or broadcast
-    is taken by a filter that names it (`dst 239.1.1.1`).
+    host; the grammar is in `libfp.pyxdp.filters`. A filter takes both families unless it names one; of an IPv6 packet
+    only the next header of the IPv6 header itself is looked at, so that UDP behind an extension header stays with
+    Linux. Filters with ports leave fragments to Linux, those without `proto icmp6` neighbour discovery. Multicast or
+    broadcast is taken by a filter that names it (`dst 239.1.1.1`).
+
+    `families`, "ipv4" and "ipv6" or one of them, narrows either kind; by default a pin-hole takes what its filters say
+    and the router IPv4 only. `Attachment.update` changes it while packets flow.
 
     A tag that is not in the frame cannot be seen: stripping by the port's hardware is switched off while attached, but
     a veth peer hands tags over beside the frame until `ethtool -K PEER tx-vlan-offload off` (as with checksums).
@@ -52,10 +60,18 @@ class Steer:
     `attach` are used. Raises BadInput, naming the token that does not parse.
     """
 
-    def __init__(self, *filters: str, only: Iterable[str] = (), local: LocalAddresses | None = None) -> None:
+    def __init__(
+        self,
+        *filters: str,
+        only: Iterable[str] = (),
+        local: LocalAddresses | None = None,
+        families: Iterable[Family] | None = None,
+    ) -> None:
         self.filters = tuple(parse_filter(text) for text in filters)
         self.only = tuple(only)
         self.local = local
+        default: tuple[Family, ...] = ("ipv4", "ipv6") if filters else ("ipv4",)
+        self.families = default if families is None else _families(families)
         self._texts = filters
         if self.filters and self.only:
             raise BadInput(
@@ -63,8 +79,8 @@ class Steer:
             )
 
     def __repr__(self) -> str:
-        only = f", only={list(self.only)}" if self.only else ""
-        return f"Steer({', '.join(map(repr, self._texts))}{only})"
+        arguments = [*map(repr, self._texts), *([f"only={list(self.only)}"] if self.only else [])]
+        return f"Steer({', '.join([*arguments, f'families={self.families}'])})"
 
     def text(self, generic: bool) -> str:
         """The program as LLVM text; `generic` is for generic (skb) mode, where re-injected frames come by again."""
@@ -91,10 +107,10 @@ class Steer:
 class Attachment:
     """A steering program on an interface, held by a bpf_link: it is gone when this is closed or the process ends.
 
-    `mode` is "native" or "skb"; `reason` says why it is not native where "auto" tried that. `marker` must be put in
-    front of every frame that is re-injected at this port's ingress: it is empty in native mode; in generic mode
-    re-injected frames pass this program again, and the 14 bytes of the marker (taken off by the program) tell them
-    from what the wire brings. They are random, so that nobody on the wire can know them.
+    `families` is what is taken at present. `mode` is "native" or "skb"; `reason` says why it is not native where "auto"
+    tried that. `marker` must be put in front of every frame that is re-injected at this port's ingress: it is empty in
+    native mode; in generic mode re-injected frames pass this program again, and the 14 bytes of the marker (taken off
+    by the program) tell them from what the wire brings. They are random, so that nobody on the wire can know them.
     """
 
     def __init__(self, steer: Steer, device: Device, mode: str) -> None:
@@ -124,8 +140,10 @@ class Attachment:
             self._sockets.fd,
             local.map.fd if local is not None else -1,
             only.map.fd if only is not None else -1,
+            local.map6.fd if local is not None else -1,
+            only.map6.fd if only is not None else -1,
         ]
-        self._mac, self._longest = device.mac, device.mtu + ETHERNET
+        self._mac, self._longest, self.families = device.mac, device.mtu + ETHERNET, steer.families
 
         if mode == "skb":
             self._link(steer, device, "skb")
@@ -157,10 +175,15 @@ class Attachment:
             self._resources.push(undo.pop_all())
 
     def _configure(self) -> None:
-        self._config[bytes(4)] = program.config(self._mac, self._longest, self.marker)
+        self._config[bytes(4)] = program.config(self._mac, self._longest, self.families, self.marker)
 
-    def update(self, *, mac: bytes | None = None, mtu: int | None = None) -> None:
-        """Tell the program that the port's MAC address (6 bytes, wire order) or MTU (bytes) has changed."""
+    def update(
+        self, *, mac: bytes | None = None, mtu: int | None = None, families: Iterable[Family] | None = None
+    ) -> None:
+        """Tell the program that the port's MAC address (6 bytes, wire order) or MTU (bytes) has changed, or which
+        `families` to take from the next packet on; those not named go to Linux. Raises BadInput."""
+        if families is not None:
+            self.families = _families(families)
         self._mac = mac or self._mac
         self._longest = mtu + ETHERNET if mtu else self._longest
         self._configure()
@@ -197,6 +220,13 @@ class Attachment:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _families(names: Iterable[Family]) -> tuple[Family, ...]:
+    wanted = {names} if isinstance(names, str) else set(names)
+    if unknown := wanted - program.FAMILIES.keys():
+        raise BadInput(f"no address family {sorted(unknown)[0]!r}", "use ipv4 and ipv6")
+    return tuple(family for family in ("ipv4", "ipv6") if family in wanted)
 
 
 def _refused(error: OSError, device: Device, mode: str) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -97,6 +98,17 @@ def test_frames_arrive_whole_and_in_order(pair):
         assert got == frames
         assert sock.recv(0) is None
         assert sock.statistics.rx_dropped == sock.statistics.rx_ring_full == 0
+
+
+def test_a_filter_that_names_no_family_brings_both(pair):
+    host, wire = pair
+    with host.enter(), Socket("p0", steer="udp dport 4789") as sock:
+        four = wire.frame(1, dport=4789)
+        addresses = socket.inet_pton(socket.AF_INET6, "2001:db8::1") + socket.inet_pton(socket.AF_INET6, "2001:db8::2")
+        header = struct.pack("!IHBB", 6 << 28, 12, 17, 64) + addresses
+        six = four[:12] + b"\x86\xdd" + header + struct.pack("!HHHH", 40000, 4789, 12, 0) + b"vxlan"[:4]
+        wire.send(six, four)
+        assert [sock.recv(5), sock.recv(5)] == [six, four]
 
 
 def test_frames_leave_whole_and_in_order(pair):

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from libfp.errors import AlreadyRunning, InterfaceBusy, Unsupported
+from libfp.errors import AlreadyRunning, BadInput, InterfaceBusy, TableFull, Unsupported
 from libfp.pyxdp import LocalAddresses, Socket, Steer, bpf, emit, look
 from libfp.testing.netns import Lab, wait_until
 from libfp.testing.packets import ethernet, icmp_echo, ipv4, tcp, udp
@@ -133,6 +133,101 @@ def known(port):
     return to(port, payload=b"known way")
 
 
+def ipv6(payload=b"", next_header=59, src="2001:db8:1::2", dst="2001:db8:2::2", hops=64, length=None, version=6, **eth):
+    """An IPv6 packet in a frame; `length` and `version` are for malformed ones."""
+    length = len(payload) if length is None else length
+    header = struct.pack("!IHBB", version << 28, length, next_header, hops)
+    addresses = b"".join(socket.inet_pton(socket.AF_INET6, one) for one in (src, dst))
+    return ethernet(header + addresses + payload, 0x86DD, **eth)
+
+
+def udp6(payload=b"", sport=40000, dport=9, **below):
+    return ipv6(struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload, 17, **below)
+
+
+def tcp6(sport=40000, dport=80, **below):
+    return ipv6(struct.pack("!HH16x", sport, dport), 6, **below)
+
+
+def icmp6(kind=128, hops=255, **below):
+    return ipv6(struct.pack("!B23x", kind), 58, hops=hops, **below)
+
+
+OPTIONS = b"\x11\0\5\2\0\0\1\0"  # an extension header: UDP is next, a router alert
+ROUTED6 = {
+    "udp": lambda p: to6(p, udp6),
+    "tcp": lambda p: to6(p, tcp6),
+    "an echo request from one hop away": lambda p: to6(p, icmp6),
+    "an ICMPv6 error": lambda p: to6(p, icmp6, kind=1, hops=63),
+    "what precedes neighbour discovery": lambda p: to6(p, icmp6, kind=132),
+    "what follows neighbour discovery": lambda p: to6(p, icmp6, kind=138),
+    "a redirect from further than this link": lambda p: to6(p, icmp6, kind=137, hops=254),
+    "ICMPv6 without a type": lambda p: to6(p, ipv6, next_header=58, hops=255),
+    "any protocol": lambda p: to6(p, ipv6, next_header=253, payload=b"x"),
+    "only a header": lambda p: to6(p, ipv6),
+    "hop limit 1": lambda p: to6(p, udp6, hops=1),
+    "hop limit 0": lambda p: to6(p, udp6, hops=0),
+    "destination options": lambda p: to6(p, ipv6, next_header=60, payload=OPTIONS + b"\0\0\2\x22\0\x08\0\0"),
+    "a routing header": lambda p: to6(p, ipv6, next_header=43, payload=OPTIONS),
+    "a fragment": lambda p: to6(p, ipv6, next_header=44, payload=OPTIONS),
+    "a bad version": lambda p: to6(p, udp6, version=4),
+    "a full frame": lambda p: to6(p, udp6, payload=bytes(1452)),
+    "padding behind the packet": lambda p: to6(p, udp6, pad=100),
+    "DHCP's ports of IPv4": lambda p: to6(p, udp6, dport=67),
+    "a port below DHCP's": lambda p: to6(p, udp6, dport=545),
+    "a port above DHCP's": lambda p: to6(p, udp6, dport=548),
+    "from a DHCP port": lambda p: to6(p, udp6, sport=547),
+    "TCP port 547": lambda p: to6(p, tcp6, dport=547),
+    "UDP that ends in its ports": lambda p: to6(p, ipv6, next_header=17, payload=b"\0\1\2"),
+    "unique local": lambda p: to6(p, udp6, src="fd00::1", dst="fc00::2"),
+    "site-local": lambda p: to6(p, udp6, dst="fec0::1"),
+    "below link-local": lambda p: to6(p, udp6, dst="fe7f:ffff::1"),
+    "NAT64": lambda p: to6(p, udp6, dst="64:ff9b::10.0.0.1"),
+    "zeros only in front": lambda p: to6(p, udp6, src="0:0:0:1::1", dst="0:0:0:1::2"),
+}
+STACK6 = {
+    "foreign MAC": lambda p: to6(p, udp6, eth_dst="02:00:00:00:00:99"),
+    "foreign MAC by its last byte": lambda p: to6(p, udp6, eth_dst=p.mac[:-2] + "fe"),
+    "broadcast MAC": lambda p: to6(p, udp6, eth_dst="ff:ff:ff:ff:ff:ff"),
+    "multicast MAC": lambda p: to6(p, udp6, eth_dst="33:33:00:00:00:01"),
+    "802.1Q": lambda p: to6(p, udp6, vlan=5),
+    "802.1ad": lambda p: ethernet(b"\0\5\x86\xdd" + to6(p, udp6)[14:], 0x88A8, eth_dst=p.mac),
+    "MPLS": lambda p: ethernet(to6(p, udp6)[14:], 0x8847, eth_dst=p.mac),
+    "too short for IPv6": lambda p: to6(p, ipv6)[:53],
+    "a payload that is cut": lambda p: to6(p, udp6, payload=b"12345")[:-1],
+    "the largest length": lambda p: to6(p, ipv6, length=65535),
+    "longer than the frame by one": lambda p: to6(p, ipv6, length=1),
+    "multicast on the link": lambda p: to6(p, udp6, dst="ff02::1"),
+    "multicast everywhere": lambda p: to6(p, udp6, dst="ff0e::1"),
+    "multicast of no flags": lambda p: to6(p, udp6, dst="ff00::"),
+    "from multicast": lambda p: to6(p, udp6, src="ff02::1"),
+    "to link-local": lambda p: to6(p, udp6, dst="fe80::1"),
+    "to the last link-local": lambda p: to6(p, udp6, dst="febf:ffff:ffff::1"),
+    "from link-local": lambda p: to6(p, udp6, src="fe80::1"),
+    "from the last link-local": lambda p: to6(p, udp6, src="febf::1"),
+    "to unspecified": lambda p: to6(p, udp6, dst="::"),
+    "from unspecified": lambda p: to6(p, udp6, src="::"),
+    "to loopback": lambda p: to6(p, udp6, dst="::1"),
+    "from loopback": lambda p: to6(p, udp6, src="::1"),
+    "to a mapped address": lambda p: to6(p, udp6, dst="::ffff:203.0.113.5"),
+    "from a mapped address": lambda p: to6(p, udp6, src="::ffff:203.0.113.5"),
+    "a router solicitation": lambda p: to6(p, icmp6, kind=133),
+    "a router advertisement": lambda p: to6(p, icmp6, kind=134),
+    "a neighbour solicitation": lambda p: to6(p, icmp6, kind=135),
+    "a neighbour advertisement": lambda p: to6(p, icmp6, kind=136),
+    "a redirect": lambda p: to6(p, icmp6, kind=137),
+    "DHCP to a client": lambda p: to6(p, udp6, sport=547, dport=546),
+    "DHCP to a server": lambda p: to6(p, udp6, dport=547),
+    "hop-by-hop options": lambda p: to6(p, ipv6, next_header=0, payload=OPTIONS + bytes(8)),
+    "a jumbogram": lambda p: to6(p, ipv6, next_header=0, length=0, payload=OPTIONS),
+}
+
+
+def to6(port, build=udp6, **fields):
+    """A frame to the port's MAC; by default from 2001:db8:1::2 to 2001:db8:2::2, which the port's host does not own."""
+    return build(**{"eth_dst": port.mac, "eth_src": port.other, **fields})
+
+
 def test_the_router_takes_what_linux_would_forward_and_leaves_the_rest(port, mode):
     cases = [(name, make(port), TAKEN) for name, make in ROUTED.items()]
     cases += [(name, make(port), LINUX) for name, make in STACK.items()]
@@ -140,6 +235,73 @@ def test_the_router_takes_what_linux_would_forward_and_leaves_the_rest(port, mod
         port.host.run(["ip", "link", "set", "p0", "promisc", "on"])
         ways = {name: port.way(frame, sock, known(port)) for name, frame, _ in cases}
     assert ways == {name: way for name, _, way in cases}
+
+
+def test_the_router_takes_both_families_when_asked(port, mode):
+    cases = [(name, make(port), TAKEN) for name, make in (ROUTED | ROUTED6).items()]
+    stack = {f"IPv4 {name}": make for name, make in STACK.items()} | STACK6
+    cases += [(name, make(port), LINUX) for name, make in stack.items() if name != "IPv4 IPv6"]
+    with (
+        port.host.enter(),
+        Steer(families=["ipv4", "ipv6"]).attach("p0", mode=mode) as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
+        port.host.run(["ip", "link", "set", "p0", "promisc", "on"])
+        ways = {name: port.way(frame, sock, known(port)) for name, frame, _ in cases}
+    assert ways == {name: way for name, _, way in cases}
+
+
+@pytest.mark.parametrize("steer", [(), ("udp dport 9",)], ids=["router", "pinhole"])
+def test_the_families_to_take_change_while_attached(port, mode, steer):
+    with (
+        port.host.enter(),
+        Steer(*steer).attach("p0", mode=mode) as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
+        four, six = to(port, payload=b"as known"), to6(port, payload=b"as known")
+        assert attachment.families == (("ipv4", "ipv6") if steer else ("ipv4",))
+        attachment.update(families=["ipv6", "ipv4"])
+        assert (port.way(to(port), sock, six), port.way(to6(port), sock, four)) == (TAKEN, TAKEN)
+        attachment.update(families=["ipv4"])
+        assert (port.way(to(port), sock, four), port.way(to6(port), sock, four)) == (TAKEN, LINUX)
+        attachment.update(mtu=1400)  # changes nothing else
+        assert port.way(to6(port), sock, four) == LINUX
+        attachment.update(families=["ipv6"])
+        assert (port.way(to(port), sock, six), port.way(to6(port), sock, six)) == (LINUX, TAKEN)
+        with pytest.raises(BadInput, match="no address family 'inet6'"):
+            attachment.update(families=["inet6"])
+        assert attachment.families == ("ipv6",)
+        attachment.update(families=[])
+        port.drain()
+        for frame in (four, six):
+            port.send(frame)
+            assert port.linux.recv(1 << 16) == frame
+        assert sock.recv(0) is None
+
+
+def test_the_addresses_of_this_host_at_the_time_of_attach(mode):
+    """What the kernel's local table has, the subnet-router anycast address of a forwarding host included."""
+    with Lab(ipv6=True) as lab:
+        port = Port(lab)
+        port.host.sysctl("net.ipv6.conf.all.forwarding", 1)
+        port.host.address("p0", "2001:db8:2::1/64", flags=0x02)  # no duplicate address detection
+        port.host.run(["ip", "-6", "route", "add", "local", "2001:db8:3::/48", "dev", "lo"], check=True)
+        with (
+            port.tx,
+            port.linux,
+            port.host.enter(),
+            Steer(families=["ipv4", "ipv6"]).attach("p0", mode=mode) as attachment,
+            Socket("p0", steer=attachment) as sock,
+        ):
+            for dst, way in (
+                ("2001:db8:2::1", LINUX),
+                ("2001:db8:2::", LINUX),
+                ("2001:db8:2::2", TAKEN),
+                ("2001:db8:3:4::5", LINUX),
+                ("2001:db8:4::", TAKEN),
+            ):
+                assert port.way(to6(port, dst=dst), sock, known(port)) == way, dst
+            assert port.way(to(port, dst="10.0.1.1"), sock, known(port)) == LINUX
 
 
 def test_a_canary_takes_its_prefixes_only(port, mode):
@@ -156,6 +318,25 @@ def test_a_canary_takes_its_prefixes_only(port, mode):
             ("10.0.1.1", LINUX),
         ):
             assert port.way(to(port, dst=dst), sock, known(port)) == way, dst
+
+
+@pytest.mark.parametrize("only", [["2001:db8:2::/48", "2001:db8:5::5", "203.0.113.5"], ["203.0.113.5"]])
+def test_a_canary_is_for_each_family_alone(port, mode, only):
+    with (
+        port.host.enter(),
+        Steer(only=only, families=["ipv4", "ipv6"]).attach("p0", mode=mode) as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
+        narrow = TAKEN if len(only) > 1 else LINUX
+        for dst, way in (
+            ("2001:db8:2::", narrow),
+            ("2001:db8:2:ffff:ffff:ffff:ffff:ffff", narrow),
+            ("2001:db8:3::", LINUX),
+            ("2001:db8:5::5", narrow),
+            ("2001:db8:5::4", LINUX),
+        ):
+            assert port.way(to6(port, dst=dst), sock, known(port)) == way, dst
+        assert port.way(to(port, dst="203.0.113.6"), sock, known(port)) == LINUX
 
 
 PINHOLES = [
@@ -187,6 +368,68 @@ PINHOLES = [
     (("udp dport 1", "udp dport 2"), {"dport": 2}, TAKEN),
     (("udp dport 1", "udp dport 2"), {"dport": 3}, LINUX),
 ]
+
+
+PINHOLES6 = [
+    (("udp dport 4789",), {"dport": 4789}, TAKEN),
+    (("udp dport 4789",), {"dport": 4789, "src": "fe80::1", "dst": "fe80::2"}, TAKEN),
+    (("udp dport 4789",), {"dport": 4790}, LINUX),
+    (("udp dport 4789",), {"sport": 4789}, LINUX),
+    (("udp dport 4789",), {"build": tcp6, "dport": 4789}, LINUX),
+    (("udp dport 4789",), {"build": ipv6, "next_header": 60, "payload": OPTIONS + b"\0\x07\x12\xb5\0\x08"}, LINUX),
+    (("udp dport 4789",), {"build": ipv6, "next_header": 44, "payload": OPTIONS + b"\0\x07\x12\xb5\0\x08"}, LINUX),
+    (("udp dport 4789",), {"build": ipv6, "next_header": 17, "payload": b"\0\x07\x12"}, LINUX),
+    (("udp dport 4789",), {"dport": 4789, "length": 9}, LINUX),
+    (("udp dport 4789",), {"dport": 4789, "version": 4}, LINUX),
+    (("udp dport 4789",), {"dport": 4789, "vlan": 7}, LINUX),
+    (("udp dport 4789",), {"dport": 4789, "eth_dst": "02:00:00:00:00:99"}, LINUX),
+    (("ip6 and udp dport 4789",), {"dport": 4789}, TAKEN),
+    (("ip6 and udp dport 4789",), {"four": True, "dport": 4789}, LINUX),
+    (("ip and udp dport 4789",), {"dport": 4789}, LINUX),
+    (("ip and udp dport 4789",), {"four": True, "dport": 4789}, TAKEN),
+    (("tcp sport 1-1023",), {"build": tcp6, "sport": 1023}, TAKEN),
+    (("tcp sport 1-1023",), {"build": tcp6, "sport": 1024}, LINUX),
+    (("proto icmp6",), {"build": icmp6}, TAKEN),
+    (("proto icmp6",), {"build": icmp6, "kind": 135}, TAKEN),
+    (("proto icmp6",), {}, LINUX),
+    (("proto icmp",), {"build": icmp6}, LINUX),
+    (("ip6",), {}, TAKEN),
+    (("ip6",), {"build": icmp6}, TAKEN),
+    (("ip6",), {"build": icmp6, "kind": 136}, LINUX),
+    (("ip6",), {"build": icmp6, "kind": 136, "hops": 64}, TAKEN),
+    (("ip6",), {"build": ipv6, "next_header": 0, "payload": OPTIONS}, TAKEN),
+    (("ip6",), {"four": True}, LINUX),
+    (("ip6",), {"eth_dst": "33:33:00:00:00:01", "dst": "ff02::1"}, LINUX),
+    (("ip",), {}, LINUX),
+    (("src 2001:db8::/32",), {"src": "2001:db8:ffff::1"}, TAKEN),
+    (("src 2001:db8::/32",), {"src": "2001:db9::1"}, LINUX),
+    (("src 2001:db8::/32",), {"four": True}, LINUX),
+    (("dst 2001:db8:1::1",), {"dst": "2001:db8:1::1"}, TAKEN),
+    (("dst 2001:db8:1::1",), {"dst": "2001:db8:1::2"}, LINUX),
+    (("dst 2001:db8:1::1",), {"dst": "2001:db8:2::1"}, LINUX),
+    (("dst 2001:db8:1:2:8000::/65",), {"dst": "2001:db8:1:2:8000::9"}, TAKEN),
+    (("dst 2001:db8:1:2:8000::/65",), {"dst": "2001:db8:1:2:7000::9"}, LINUX),
+    (("dst ff02::5",), {"dst": "ff02::5", "eth_dst": "33:33:00:00:00:05"}, TAKEN),
+    (("dst ff02::5",), {"dst": "ff02::6", "eth_dst": "33:33:00:00:00:06"}, LINUX),
+    (("src 10.0.0.0/8", "dst 2001:db8::/32 and tcp"), {"build": tcp6}, TAKEN),
+    (("src 10.0.0.0/8", "dst 2001:db8::/32 and tcp"), {"four": True}, TAKEN),
+    (("src 10.0.0.0/8", "dst 2001:db8::/32 and tcp"), {}, LINUX),
+]
+
+
+@pytest.mark.parametrize("filters", sorted({case[0] for case in PINHOLES6}))
+def test_a_pinhole_takes_ipv6_too(port, mode, filters):
+    sure = "udp dport 9999"
+    with (
+        port.host.enter(),
+        Steer(*filters, sure).attach("p0", mode=mode) as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
+        for one, fields, way in PINHOLES6:
+            if one == filters:
+                make = to if fields.get("four") else to6
+                frame = make(port, **{name: value for name, value in fields.items() if name != "four"})
+                assert port.way(frame, sock, to6(port, dport=9999)) == way, fields
 
 
 @pytest.mark.parametrize("filters", sorted({case[0] for case in PINHOLES}))
@@ -223,6 +466,36 @@ def test_local_addresses_are_seen_by_every_port_at_once(port):
         assert port.way(to(port, dst="10.0.1.1"), sock, known(port)) == TAKEN
 
 
+def test_local_addresses_of_ipv6_are_a_set_of_their_own(port):
+    with (
+        port.host.enter(),
+        LocalAddresses(["10.0.1.1"], capacity=2) as local,
+        Steer(local=local, families=["ipv4", "ipv6"]).attach("p0") as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
+        frame = to6(port, dst="2001:db8:7::1")
+        assert port.way(frame, sock, known(port)) == TAKEN
+        local.add("2001:db8:7::/48")
+        assert port.way(frame, sock, known(port)) == LINUX
+        assert local.covers("2001:db8:7::99")
+        assert not local.covers("2001:db8:8::1")
+        assert "2001:DB8:7:0::/48" in local
+        local.add("::/0")
+        assert port.way(to6(port), sock, known(port)) == LINUX
+        assert port.way(to(port), sock, known(port)) == TAKEN  # of the other family nothing has changed
+        with pytest.raises(TableFull, match="2 IPv6 prefixes"):
+            local.add("2001:db8:9::1")
+        assert "2001:db8:9::1" not in local
+        local.add("10.0.1.3")
+        local.remove("::/0")
+        local.replace(["10.0.1.1", "2001:db8:7::2"])
+        assert list(local) == ["10.0.1.1/32", "2001:db8:7::2/128"]
+        assert port.way(frame, sock, known(port)) == TAKEN
+        local.remove("2001:db8:7::2")
+        assert port.way(to6(port, dst="2001:db8:7::2"), sock, known(port)) == TAKEN
+        assert len(local) == 1
+
+
 def test_a_queue_without_a_socket_belongs_to_linux(port, mode):
     with port.host.enter(), Steer().attach("p0", mode=mode) as attachment, Socket("p0", steer=attachment) as sock:
         frame, wait = known(port), port.linux.recv
@@ -238,12 +511,20 @@ def test_a_queue_without_a_socket_belongs_to_linux(port, mode):
 
 
 def test_a_changed_mac_or_mtu_can_be_told(port):
-    with port.host.enter(), Steer().attach("p0") as attachment, Socket("p0", steer=attachment) as sock:
+    with (
+        port.host.enter(),
+        Steer(families=["ipv4", "ipv6"]).attach("p0") as attachment,
+        Socket("p0", steer=attachment) as sock,
+    ):
         before = to(port)
         attachment.update(mac=bytes.fromhex("02ab00000001"))
         after = to(port, eth_dst="02:ab:00:00:00:01")
         assert port.way(before, sock, after) == LINUX
+        assert port.way(to6(port), sock, after) == LINUX
+        assert port.way(to6(port, eth_dst="02:ab:00:00:00:01"), sock, after) == TAKEN
         attachment.update(mtu=100)
+        assert port.way(to6(port, eth_dst="02:ab:00:00:00:01", payload=bytes(52)), sock, after) == TAKEN
+        assert port.way(to6(port, eth_dst="02:ab:00:00:00:01", payload=bytes(53)), sock, after) == LINUX
         assert port.way(to(port, eth_dst="02:ab:00:00:00:01", payload=bytes(200)), sock, after) == LINUX
         attachment.update(mtu=1500)
         assert port.way(to(port, eth_dst="02:ab:00:00:00:01", payload=bytes(200)), sock, after) == TAKEN
@@ -300,14 +581,14 @@ def test_reinjected_frames_reach_linux_and_never_come_back(port, mode):
     with (
         tap(port.host, "t0", "p0") as fd,
         port.host.enter(),
-        Steer().attach("p0", mode=mode) as attachment,
+        Steer(families=["ipv4", "ipv6"]).attach("p0", mode=mode) as attachment,
         Socket("p0", steer=attachment) as sock,
     ):
         assert len(attachment.marker) == (14 if mode == "skb" else 0)
-        frame = to(port, payload=b"punted", ttl=1)
         port.drain()
-        os.write(fd, attachment.marker + frame)
-        assert port.linux.recv(1 << 16) == frame  # unchanged, at the port's own ingress
+        for frame in (to(port, payload=b"punted", ttl=1), to6(port, payload=b"punted", hops=1), to6(port, ipv6)):
+            os.write(fd, attachment.marker + frame)
+            assert port.linux.recv(1 << 16) == frame  # unchanged, at the port's own ingress
         assert port.way(to(port), sock, known(port)) == TAKEN  # nothing else had come to the socket
         # What the wire brings with a wrong mark, or the mark's Ethertype alone, is not taken for ours.
         forged = ethernet(frame, 0x88B5, eth_dst=port.mac)
