@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from libfp.engine import context
+from libfp.engine.control import Control
 from libfp.engine.helper import Helper
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters, StatsPage
@@ -60,6 +61,7 @@ class Application:
         self.workers: list[Worker] = []
         self.page: StatsPage | None = None
         self.helper: Helper | None = None
+        self.control = Control()  # what other processes may ask: `fp trace` and the like
         self._owner = getattr(self.ports[0], "owner", None)
         self._states: list[WorkerState] = []
         self._ended = threading.Event()
@@ -78,6 +80,7 @@ class Application:
                 self._owner.started([state.punt_ring for state in self._states])
             for worker in self.workers:
                 worker.start()
+            self.control.open(self.name)
         except BaseException:
             self.stop()
             raise
@@ -156,6 +159,7 @@ class Application:
     def stop(self) -> None:
         """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated."""
         self._ended.set()
+        self.control.close()
         if self._keeper is not None:
             self._keeper.join()
         for worker in self.workers:
