@@ -9,11 +9,12 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from libfp.engine import context
+from libfp.engine import context, observe
 from libfp.engine.control import Control
 from libfp.engine.helper import Helper
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters, StatsPage
+from libfp.engine.tap import Taps
 from libfp.engine.worker import Worker
 from libfp.errors import BadInput, Error
 from libfp.jit import memory
@@ -64,6 +65,7 @@ class Application:
         self.control = Control()  # what other processes may ask: `fp trace` and the like
         self._owner = getattr(self.ports[0], "owner", None)
         self._states: list[WorkerState] = []
+        self.taps = Taps(lambda: [(w.state.memory, w.running) for w in self.workers], len(pipeline.stages))
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
@@ -80,6 +82,7 @@ class Application:
                 self._owner.started([state.punt_ring for state in self._states])
             for worker in self.workers:
                 worker.start()
+            observe.offer(self)
             self.control.open(self.name)
         except BaseException:
             self.stop()
@@ -169,6 +172,8 @@ class Application:
             self.helper = None
         if self._owner is not None:
             self._owner.stopped()
+        if self._states:
+            self.taps.close_all()
         while self._states:
             self._states.pop().close()
         for port in self.ports:

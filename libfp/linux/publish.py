@@ -99,6 +99,10 @@ class Publisher:
         """The neighbours that workers have sent packets to since the last call."""
         return [self._by_index[index] for index in self._routes.next_hops.used() if index in self._by_index]
 
+    def via(self, index: int) -> Via | None:
+        """Which neighbour the next hop of that index is."""
+        return self._by_index.get(index)
+
     def suspend(self, suspended: bool) -> None:
         """Leave every packet to Linux, or stop doing so."""
         self.suspended = suspended
