@@ -134,6 +134,22 @@ def test_a_capture_ends_after_so_many(net: Net, router: RouterProcess, tmp_path:
     assert len(rdpcap(str(tmp_path / "x"))) == 4
 
 
+def test_the_time_of_each_stage(net: Net, router: RouterProcess) -> None:
+    command = [sys.executable, "-m", "libfp", "stats", router.ready["name"], "--stages", "--json"]
+    with UdpStream(net.client, net.server, SERVER, rate=2000, count=6000):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    told = json.loads(done.stdout)
+    stages = {row["stage"]: row for row in told["stages"]}
+    assert list(stages) == ["parse", "forward", "carry out"]
+    assert stages["forward"]["packets"] >= 100
+    assert 0 < stages["forward"]["ns"] < 100_000
+    assert told["workers"][0]["received"] == told["received"] > 0
+    wait_until(lambda: taps(router) == 1, what="one page, kept")
+    table = subprocess.run([*command[:-1], "--once"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "ns a packet" in table
+    assert "worker 0" in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
