@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from libfp.errors import InterfaceBusy as InterfaceBusy
     from libfp.errors import InterfaceDown as InterfaceDown
     from libfp.errors import MissingCapability as MissingCapability
+    from libfp.errors import NoAnswer as NoAnswer
     from libfp.errors import NoSuchInstance as NoSuchInstance
     from libfp.errors import NoSuchInterface as NoSuchInterface
     from libfp.errors import NotCacheable as NotCacheable
@@ -40,6 +41,7 @@ _ERRORS = (
     "InterfaceBusy",
     "InterfaceDown",
     "MissingCapability",
+    "NoAnswer",
     "NoSuchInstance",
     "NoSuchInterface",
     "NotCacheable",

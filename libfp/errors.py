@@ -55,6 +55,10 @@ class NoSuchInstance(Error):
     """No running libfp instance of that name."""
 
 
+class NoAnswer(Error):
+    """A running instance does not answer."""
+
+
 class CacheNotPrivate(Error):
     """The directory of compiled code can be written by somebody else (its index is a pickle)."""
 

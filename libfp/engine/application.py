@@ -9,10 +9,12 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from libfp.engine import context
+from libfp.engine import context, observe
+from libfp.engine.control import Control
 from libfp.engine.helper import Helper
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters, StatsPage
+from libfp.engine.tap import Taps
 from libfp.engine.worker import Worker
 from libfp.errors import BadInput, Error
 from libfp.jit import memory
@@ -60,8 +62,10 @@ class Application:
         self.workers: list[Worker] = []
         self.page: StatsPage | None = None
         self.helper: Helper | None = None
+        self.control = Control()  # what other processes may ask: `fp trace` and the like
         self._owner = getattr(self.ports[0], "owner", None)
         self._states: list[WorkerState] = []
+        self.taps = Taps(lambda: [(w.state.memory, w.running) for w in self.workers], len(pipeline.stages))
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
@@ -78,6 +82,8 @@ class Application:
                 self._owner.started([state.punt_ring for state in self._states])
             for worker in self.workers:
                 worker.start()
+            observe.offer(self)
+            self.control.open(self.name)
         except BaseException:
             self.stop()
             raise
@@ -156,6 +162,7 @@ class Application:
     def stop(self) -> None:
         """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated."""
         self._ended.set()
+        self.control.close()
         if self._keeper is not None:
             self._keeper.join()
         for worker in self.workers:
@@ -165,6 +172,8 @@ class Application:
             self.helper = None
         if self._owner is not None:
             self._owner.stopped()
+        if self._states:
+            self.taps.close_all()
         while self._states:
             self._states.pop().close()
         for port in self.ports:

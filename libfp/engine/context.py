@@ -15,8 +15,8 @@ PUNT_RING, RECORD, LIBC_SENDTO, LIBC_RECV, LIBC_POLL, LIBC_WRITE, POLL_FDS, LIBC
 UMEM, IDLE_LIMIT = 128, 136
 SIZE = 192
 
-# The control line, written by the control plane alone.
-STOP = 0
+# The control line, written by the control plane alone: end; and whereto the worker is to show what it does, or 0.
+STOP, TAP = 0, 8
 
 # Words of the statistics block. Ports and reasons follow at `FIRST_PORT`.
 HEARTBEAT, BURSTS, SYSCALLS, PARKS, UPDATES, PARKED, CONSUMED, THREAD = range(0, 64, 8)
@@ -77,3 +77,17 @@ class ContextMemory:
     def stop(self, now: bool) -> None:
         """Ask the loop to end after this burst, or let it run again."""
         store_release64(self.control.address + STOP, int(now))
+
+    def tap(self, address: int) -> None:
+        """Have the worker show what it does through the block at `address`, 0: no longer; see `libfp.engine.tap`."""
+        store_release64(self.control.address + TAP, address)
+
+    @property
+    def wanted(self) -> int:
+        """What `tap` was last called with."""
+        return load64(self.control.address + TAP)
+
+    @property
+    def tapped(self) -> int:
+        """The block that the worker uses."""
+        return load_acquire64(self.arena.address + RECORD)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from libfp.engine import slots
 from libfp.engine.context import RECORD
-from libfp.engine.settle import RECORD_ENTRY
 from libfp.engine.state import WorkerState
+from libfp.engine.tap import Block
 from libfp.errors import BadInput
-from libfp.jit import Arena, load32, load64, store64
+from libfp.jit import Arena, load32, load64, store32
 from libfp.jit.memory import view
 from libfp.packet.burst import BURST
 from libfp.ports.memory import MemoryPort
@@ -27,9 +28,9 @@ class Once:
         self.state = WorkerState(
             pipeline, MemoryPort.open_all, self.ports, 0, self._counters.address, frame_size=16384, guard=guard
         )
-        self._record = Arena(16 + RECORD_ENTRY * BURST)
-        store64(self._record.address + 8, BURST)
-        self.state.memory.set(RECORD, self._record.address)
+        self._ring = Arena(slots.size_of(BURST, 0, 0))
+        self._block = Block([(self._ring.address, BURST, 0)], 0, 0)
+        self.state.memory.set(RECORD, self._block.address)
         self._step = pipeline.module().step
 
     def run(self, packets: list[bytes], port: int) -> list[Outcome]:
@@ -48,23 +49,24 @@ class Once:
     def _burst(self, packets: list[bytes], port: int, arguments: list[Any]) -> list[Outcome]:
         from libfp.engine.pipeline import outcome
 
-        at, umem = self._record.address, self.state.frames.address
-        store64(at, 0)
+        ring, umem = self._ring.address, self.state.frames.address
+        store32(ring + slots.CONSUMER, load32(ring + slots.PRODUCER))
+        first = load32(ring + slots.PRODUCER)
         placed = self.ports[port].inject(packets)
         assert len(placed) == len(packets), "a burst fits the rings"
         self._step(*arguments)
-        stride = self.state.frames.stride
-        by_frame: dict[int, Outcome] = {}
-        for entry in range(at + 16, at + 16 + RECORD_ENTRY * load64(at), RECORD_ENTRY):
-            frame, length = load64(entry), load32(entry + 8)
-            data = bytes(view(umem + frame, length))
-            verdict, next_hop = load32(entry + 12), load32(entry + 24)
-            by_frame[frame // stride] = outcome(self.pipeline.reasons, verdict, data, next_hop)
+        found: list[Outcome] = []
+        for number in range(first, first + len(placed)):  # in the order in which they came
+            slot = ring + slots.SLOTS + (number & (BURST - 1)) * slots.stride_of(0, 0)
+            data = bytes(view(umem + load64(slot + slots.FRAME), load32(slot + slots.LENGTH_OUT)))
+            verdict, next_hop = load32(slot + slots.VERDICT), load32(slot + slots.NEXT_HOP)
+            found.append(outcome(self.pipeline.reasons, verdict, data, next_hop))
         for one in self.ports:
             one.collect()
-        return [by_frame[frame // stride] for frame in placed]
+        return found
 
     def close(self) -> None:
         self.state.close()
-        self._record.close()
+        self._block.close()
+        self._ring.close()
         self._counters.close()

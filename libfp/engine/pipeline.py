@@ -84,6 +84,14 @@ class Pipeline:
             self._digest.add_object(view)
         return made
 
+    def explain(self, next_hop: int, packet: bytes) -> str:
+        """The table entry by which `packet` (a whole frame, or its first bytes) came to next hop number `next_hop`.
+
+        Asked of what is bound to the stages; as the tables are now. Empty if nothing knows.
+        """
+        found = (value.explain(next_hop, packet) for value in self._bindings if hasattr(value, "explain"))
+        return next(filter(None, found), "")
+
     def module(self, *, kick: str = "none", idle: str = "spin", sealed: bool = False) -> ModuleType:
         """The generated module, its functions not yet compiled: `process`, `step`, `loop`.
 

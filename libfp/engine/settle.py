@@ -19,13 +19,12 @@ from libfp.engine.context import (
 )
 from libfp.engine.punt import PuntSlots
 from libfp.engine.reasons import number_of, take_token
-from libfp.jit import kernel, load32, load64, load64_in, shr64, store32, store64, unlikely
-from libfp.packet.burst import FRAME, LENGTH, NEXT_HOP, VERDICT, Burst
+from libfp.engine.slots import DELIVERED, OVER_RATE, RING_FULL
+from libfp.engine.tap import tap_end, tap_move
+from libfp.jit import kernel, load32, load64, load64_in, shr64, store64, unlikely
+from libfp.packet.burst import FRAME, LENGTH, VERDICT, Burst
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
 from libfp.ports.rings import COUNTERS, COUNTERS_SIZE, TX_FULL
-
-# The record: what a trace sees. Count and capacity, then 32 bytes a packet: frame, length, verdict, ports, next hop.
-RECORD_ENTRY = 32
 
 _PUNT_RATE = (DROP << KIND_SHIFT) + reason_code("punt-rate")
 _PUNT_FULL = (DROP << KIND_SHIFT) + reason_code("punt-ring-full")
@@ -69,16 +68,19 @@ def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> Non
         if verdict == LIVE:
             if kept != i:
                 burst.move(i, kept)
+                if record != 0:
+                    tap_move(record, i, kept)
             kept += 1
             continue
+        lost = DELIVERED
         if verdict >> KIND_SHIFT == FORWARD:
             frame, length, port = burst.frame(i), burst.length(i), verdict & PORT_MASK
             if port >= ports or not context.rings(port).send(frame, length):
                 verdict = _not_sent(context, frame, port)
         else:
-            _end(context, burst, i, verdict)
+            lost = _end(context, burst, i, verdict)
         if record != 0:
-            _note(record, burst, i, verdict)
+            tap_end(record, burst, i, verdict, lost)
     burst.count = kept
 
 
@@ -130,9 +132,9 @@ def finish(context: Context, burst: Burst) -> None:
 def _leave_to_linux(context: Context, burst: Burst) -> None:
     record = load64(context.at + RECORD)
     for i in range(burst.count):
+        lost = _end(context, burst, i, _UNDECIDED)
         if record != 0:
-            _note(record, burst, i, 0)
-        _end(context, burst, i, _UNDECIDED)
+            tap_end(record, burst, i, 0, lost)
     burst.count = 0
 
 
@@ -150,31 +152,36 @@ def _not_sent(context: Context, frame: int, port: int) -> int:
 
 
 @kernel
-def _end(context: Context, burst: Burst, i: int, verdict: int) -> None:
-    """A packet that is not sent: count it, copy it to Linux if that is its verdict, free its frame."""
-    kind = verdict >> KIND_SHIFT
+def _end(context: Context, burst: Burst, i: int, verdict: int) -> int:
+    """A packet that is not sent: count it, copy it to Linux if that is its verdict, free its frame.
+
+    Returns whether it got to Linux, or why not (see `libfp.engine.slots`).
+    """
+    kind, lost = verdict >> KIND_SHIFT, DELIVERED
     if kind == CONSUME:
         context.count(CONSUMED, 1)
     elif kind == PUNT:
-        _punt(context, burst, i, verdict)
+        lost = _punt(context, burst, i, verdict)
     else:
         _count(context, verdict)
     context.free.push(burst.frame(i))
+    return lost
 
 
 @kernel
-def _punt(context: Context, burst: Burst, i: int, verdict: int) -> None:
+def _punt(context: Context, burst: Burst, i: int, verdict: int) -> int:
     number = number_of(load64(context.at + REASONS), load64(context.at + REASON_MASK), verdict)
     if not take_token(load64(context.at + BUCKETS), number):
         _count(context, _PUNT_RATE)
-        return
+        return OVER_RATE
     ring = load64(context.at + PUNT_RING)
     if ring != 0:
         slots = PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16))
         if not slots.put(burst.data(i), burst.length(i), burst.port):
             _count(context, _PUNT_FULL)
-            return
+            return RING_FULL
     _add(context, number)
+    return DELIVERED
 
 
 @kernel
@@ -186,16 +193,3 @@ def _count(context: Context, verdict: int) -> None:
 def _add(context: Context, number: int) -> None:
     at = load64(context.at + STATISTICS) + FIRST_PORT + load64(context.at + PORT_COUNT) * COUNTERS_SIZE + 8 * number
     store64(at, load64(at) + 1)
-
-
-@kernel
-def _note(record: int, burst: Burst, i: int, verdict: int) -> None:
-    count = load64(record)
-    if count < load64(record + 8):
-        at = record + 16 + RECORD_ENTRY * count
-        store64(at, load64(burst.at + FRAME + 8 * i))
-        store32(at + 8, load32(burst.at + LENGTH + 4 * i))
-        store32(at + 12, verdict)
-        store32(at + 16, burst.port)
-        store32(at + 24, load32(burst.at + NEXT_HOP + 4 * i))
-        store64(record, count + 1)

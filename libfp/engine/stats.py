@@ -32,8 +32,8 @@ class Counters(Mapping[str, int]):
     """A snapshot. Indexed by reason, summed over workers (0 for a reason that never occurred):
     ``counters["denied"]``; and in parts:
 
-    `drops`, `punts` by reason; `ports`, a dict a port; `workers`, a dict a worker; `received`, `forwarded`,
-    `dropped`, `punted`, `consumed` packets in all.
+    `drops`, `punts` by reason; `ports`, a dict a port; `workers`, a dict a worker, with these sums too;
+    `received`, `forwarded`, `dropped`, `punted`, `consumed` packets in all.
     """
 
     def __init__(self, description: dict[str, Any], words: list[list[int]]) -> None:
@@ -45,6 +45,13 @@ class Counters(Mapping[str, int]):
             at = first + p * stride
             self.ports[name] = {field: sum(block[at + k] for block in words) for k, field in enumerate(fields)}
         at = first + len(names) * stride
+        kinds = [kind for kind, _ in description["reasons"]]
+        rx, tx = (fields.index(name) if name in fields else -1 for name in ("rx_packets", "tx_packets"))
+        for worker, block in zip(self.workers, words, strict=True):
+            for name, k in (("received", rx), ("forwarded", tx)):
+                worker[name] = sum(block[first + p * stride + k] for p in range(len(names))) if k >= 0 else 0
+            for name, kind in (("dropped", "drop"), ("punted", "punt")):
+                worker[name] = sum(block[at + n] for n, one in enumerate(kinds) if one == kind)
         self.drops: dict[str, int] = {}
         self.punts: dict[str, int] = {}
         for number, (kind, reason) in enumerate(description["reasons"]):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from libfp.errors import BadInput, PolicyConflict
 from libfp.linux import guard
 from libfp.linux import rtnetlink as rt
+from libfp.linux.explain import explain
 from libfp.linux.mirror import Mirror
 from libfp.linux.neighbours import SHORTEST, HitMarks, interval
 from libfp.linux.ports import HostPort, PortPolicy, policy
@@ -152,6 +153,10 @@ class Linux:
     def stage_view(self, replica: Callable[[Any], Any]) -> Any:
         """See `libfp.engine.decorator.Bindable`."""
         return self.routes.stage_view(replica)
+
+    def explain(self, next_hop: int, packet: bytes) -> str:
+        """See `libfp.engine.Pipeline.explain`."""
+        return explain(self.routes, self.mirror, next_hop, packet)
 
     def wait_synced(self, timeout: float | None = 10.0) -> None:
         """Return when everything that Linux was told before this call is in the tables. Raises TimeoutError."""

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from libfp.engine.dissect import dissect
 from libfp.errors import BadInput, TableFull
 from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, store64, word
 from libfp.packet.headers import ETHERNET_SIZE
@@ -413,6 +414,18 @@ class Routes:
         By default the kernel's policy 0: the addresses, for IPv6 flow label and next header too.
         """
         self.next_hops.set_word(_HASHING + version, fields)
+
+    def explain(self, next_hop: int, packet: bytes) -> str:
+        """See `libfp.engine.Pipeline.explain`: the longest prefix, and what is done with what it covers."""
+        found = self.match(packet)
+        return f"{found[0]} {self.next_hops.actions.get(next_hop or found[1])}" if found is not None else ""
+
+    def match(self, packet: bytes) -> tuple[str, int] | None:
+        """The longest prefix that holds a frame's destination, and the index of its next hop; None without one."""
+        headers = dissect(packet)
+        if headers.version == 0 or headers.dst is None:
+            return None
+        return (self.fib if headers.version == 4 else self.fib6).match(headers.address(headers.dst))
 
     def stage_tables(self) -> tuple[Table, ...]:
         """See `libfp.engine.decorator.Bindable`."""

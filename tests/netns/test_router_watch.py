@@ -1,0 +1,178 @@
+"""`fp trace`, `fp capture` and `fp stats` on a router that runs, from another process and another namespace."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scapy.all import IP, RawPcapNgReader, rdpcap
+
+from libfp.testing.netns import Lab, wait_until
+from libfp.testing.router import Crossroads, RouterProcess
+from libfp.testing.traffic import UdpStream
+
+pytestmark = pytest.mark.timeout(120)
+
+CLIENT, SERVER = Crossroads.CLIENT, Crossroads.SERVER
+BEHIND, HOLE = "198.51.100.7", "203.0.113.9"
+
+
+class Net(Crossroads):
+    """Behind the server is 198.51.100.0/24; 203.0.113.0/24 is a blackhole."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.router.route("198.51.100.0/24", via=SERVER)
+        self.server.address("lo", f"{BEHIND}/32")
+        self.router.netlink("route", "add", dst="203.0.113.0/24", type="blackhole")
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with Lab() as lab:
+        yield Net(lab)
+
+
+@pytest.fixture(scope="module")
+def router(net: Net) -> Iterator[RouterProcess]:
+    with RouterProcess(net.router, *net.PORTS) as process:
+        net.client.ping(BEHIND)
+        yield process
+
+
+def fp(router: RouterProcess, *arguments: str, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "libfp", *arguments, "--name", router.ready["name"]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def taps(router: RouterProcess) -> int:
+    """How many taps the router has open: it maps the shared memory of each."""
+    return Path(f"/proc/{router.process.pid}/maps").read_text().count("memfd:libfp-tap")
+
+
+def trace(net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Sequence[Any] = ()) -> str:
+    process = fp(router, "trace", "-c", str(count), *words)
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    net.client.ping(to, *ping)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_a_packet_through_every_stage_and_the_route_that_decided(net: Net, router: RouterProcess) -> None:
+    out = trace(net, router, BEHIND, 1, "icmp", "and", "dst", BEHIND)
+    assert re.search(r"^1  \d\d:\d\d:\d\d\.\d{9}  in r0, worker 0, 98 bytes$", out, re.M), out
+    assert re.search(rf"^   IPv4 {CLIENT} > {BEHIND}, ICMP echo request, TTL 64, 02:", out, re.M), out
+    assert re.search(r"^   parse    a sound IPv4 header$", out, re.M), out
+    assert re.search(r"^   forward  forward r1$", out, re.M), out
+    assert re.search(rf"^   => forward r1  \(198\.51\.100\.0/24 via {SERVER} dev r1\)$", out, re.M), out
+    wait_until(lambda: taps(router) == 0, 20, "the tap to close")
+
+
+def test_neighbours_and_blackholes_decide_too(net: Net, router: RouterProcess) -> None:
+    out = trace(net, router, SERVER, 1, "--json", "icmp and dst 10.0.2.0/24")
+    told = json.loads(out)
+    assert told["entry"] == f"neighbour {SERVER} lladdr {net.server.mac('s0')} dev r1"
+    assert told["verdict"] == "forward r1"
+    told = json.loads(trace(net, router, HOLE, 1, "--json", f"dst host {HOLE}"))
+    assert (told["verdict"], told["entry"]) == ("drop blackhole", "203.0.113.0/24 blackhole")
+    assert [step["stage"] for step in told["stages"]] == ["parse", "forward"]
+
+
+def test_a_trace_that_is_killed_leaves_nothing_open(net: Net, router: RouterProcess) -> None:
+    process = fp(router, "trace")
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    process.kill()
+    process.communicate()
+    wait_until(lambda: taps(router) == 0, 20, "the tap to close")
+
+
+@pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs the program tcpdump")
+def test_both_directions_with_verdicts_in_a_file(net: Net, router: RouterProcess, tmp_path: Path) -> None:
+    path = tmp_path / "out.pcapng"
+    process = fp(router, "capture", "-w", str(path), "icmp and host 10.0.1.2")
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    net.client.ping(BEHIND)
+    net.client.ping(HOLE, count=1)
+    with UdpStream(net.client, net.server, SERVER, rate=1000, count=100) as stream:
+        assert stream.wait().lost == 0  # not to be in the file
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert err.splitlines()[-1] == "fp: 7 packets"
+    packets = rdpcap(str(path))
+    assert len(packets) == 2 * 6 + 1
+    with RawPcapNgReader(str(path)) as reader:
+        comments = [(b"".join(meta.comments), meta.ifname, meta.direction) for _, meta in reader]
+    for seen in (
+        (b"forward r1", b"r0", 1), (b"forward r1, from r0", b"r1", 2),
+        (b"forward r0", b"r1", 1), (b"forward r0, from r1", b"r0", 2),
+    ):  # fmt: skip
+        assert comments.count(seen) == 3, comments
+    assert comments[-1] == (b"drop blackhole", b"r0", 1)
+    assert [packet[IP].ttl for packet in packets[:2]] == [64, 63]
+    assert abs(float(packets[0].time) - path.stat().st_mtime) < 60
+    done = subprocess.run(["tcpdump", "-n", "-r", str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("ICMP echo request") == 7
+    assert done.stdout.count("ICMP echo reply") == 6
+
+
+def test_a_capture_ends_after_so_many(net: Net, router: RouterProcess, tmp_path: Path) -> None:
+    process = fp(router, "capture", "-w", str(tmp_path / "x"), "-c", "2", "icmp")
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    net.client.ping(BEHIND)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert len(rdpcap(str(tmp_path / "x"))) == 4
+
+
+def test_the_time_of_each_stage(net: Net, router: RouterProcess) -> None:
+    command = [sys.executable, "-m", "libfp", "stats", router.ready["name"], "--stages", "--json"]
+    with UdpStream(net.client, net.server, SERVER, rate=2000, count=6000):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    told = json.loads(done.stdout)
+    stages = {row["stage"]: row for row in told["stages"]}
+    assert list(stages) == ["parse", "forward", "carry out"]
+    assert stages["forward"]["packets"] >= 100
+    assert 0 < stages["forward"]["ns"] < 100_000
+    assert told["workers"][0]["received"] == told["received"] > 0
+    wait_until(lambda: taps(router) == 1, what="one page, kept")
+    table = subprocess.run([*command[:-1], "--once"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "ns a packet" in table
+    assert "worker 0" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trace", "udp dport x"], "fp: filter 'udp dport x', position 11: 'x' is not a port or a range of ports"),
+        (["capture", "-w", "{}/no/file", "icmp"], "fp: cannot write {}/no/file: No such file or directory; "),
+        (["capture", "-w", "{}/file", "nonsense"], "fp: filter 'nonsense', position 1: 'nonsense' is not a condition"),
+    ],
+)
+def test_errors_are_one_line(router: RouterProcess, tmp_path: Path, arguments: list[str], said: str) -> None:
+    process = fp(router, *(argument.format(tmp_path) for argument in arguments))
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(said.format(tmp_path))
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_instance(tmp_path: Path) -> None:
+    for command in (["trace"], ["capture", "-w", str(tmp_path / "x")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "libfp", *command, "--name", "nobody"], capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("fp: no instance named 'nobody' is running")
+        assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
