@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from libfp.errors import PolicyConflict
 from libfp.linux import netfilter
@@ -23,7 +23,10 @@ GROUP_XFRM_POLICY = 4
 XFRM_GETPOLICY, XFRM_GETDEFAULT = 0x15, 0x28
 XFRM_OUT, XFRM_FORWARD = 1, 2  # a forwarded packet is checked against the one and routed by the other
 XFRM_BLOCK = 1
-DEFAULT_RULES = {0: rt.TABLE_LOCAL, 32766: rt.TABLE_MAIN, 32767: rt.TABLE_DEFAULT}
+DEFAULT_RULES = {
+    rt.AF_INET: {0: rt.TABLE_LOCAL, 32766: rt.TABLE_MAIN, 32767: rt.TABLE_DEFAULT},
+    rt.AF_INET6: {0: rt.TABLE_LOCAL, 32766: rt.TABLE_MAIN},
+}
 # Queues that only queue. AF_XDP sends past whatever else is configured: shapers, policers.
 PLAIN_QDISCS = frozenset(
     ("noqueue", "noop", "mq", "mqprio", "pfifo_fast", "pfifo", "bfifo", "fq_codel", "fq", "codel", "sfq", "multiq")
@@ -43,29 +46,42 @@ def require(ports: Mapping[int, str]) -> None:
 
 
 def conflicts(ports: Mapping[int, str]) -> Iterator[str]:
-    """What decides about packets forwarded between the ports, one line each, in this thread's network namespace."""
-    yield from netfilter.conflicts(ports.values())
+    """What decides about packets forwarded between the ports, one line each, in this thread's network namespace.
+
+    What concerns IPv6 alone is looked at where Linux forwards IPv6.
+    """
+    families = (rt.AF_INET, rt.AF_INET6) if forwards_ipv6() else (rt.AF_INET,)
+    yield from netfilter.conflicts(ports.values(), rt.AF_INET6 in families)
     with Netlink() as netlink:
-        yield from _rules(netlink)
+        for family in families:
+            yield from _rules(netlink, family)
         yield from _membership(netlink, ports)
         yield from _queues(netlink, ports)
     yield from _tcx(ports)
-    yield from _xfrm()
+    yield from _xfrm(families)
     yield from _settings(ports)
 
 
-def _rules(netlink: Netlink) -> Iterator[str]:
-    missing = dict(DEFAULT_RULES)
-    for message in netlink.dump_all(rt.RTM_GETRULE, struct.pack("=B11x", rt.AF_INET)):
+def forwards_ipv6() -> bool:
+    """Whether Linux forwards IPv6 at all, in this thread's network namespace."""
+    with contextlib.suppress(OSError), open("/proc/sys/net/ipv6/conf/all/forwarding") as file:
+        return file.read().strip() != "0"
+    return False
+
+
+def _rules(netlink: Netlink, family: int) -> Iterator[str]:
+    missing = dict(DEFAULT_RULES[family])
+    for message in netlink.dump_all(rt.RTM_GETRULE, struct.pack("=B11x", family)):
         if message.type != rt.RTM_NEWRULE:
             continue
         rule = rt.rule(message.body)
         if rule.plain and missing.get(rule.priority) == rule.table:
             del missing[rule.priority]
         else:
-            yield rule.what
+            yield rule.what + " (IPv6)" * (family == rt.AF_INET6)
     for priority, table in missing.items():
-        yield f"policy rule {priority}: from all lookup {rt.TABLE_NAMES[table]} is missing"
+        which = "IPv6 policy rule" if family == rt.AF_INET6 else "policy rule"
+        yield f"{which} {priority}: from all lookup {rt.TABLE_NAMES[table]} is missing"
 
 
 def _membership(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[str]:
@@ -107,7 +123,7 @@ def _tcx(ports: Mapping[int, str]) -> Iterator[str]:
                 yield f"tcx program {program.name or '(unnamed)'} (id {program.id}) on {name} {word}"
 
 
-def _xfrm() -> Iterator[str]:
+def _xfrm(families: Collection[int]) -> Iterator[str]:
     try:
         netlink = Netlink(NETLINK_XFRM)
     except OSError:
@@ -118,9 +134,10 @@ def _xfrm() -> Iterator[str]:
             # struct xfrm_userpolicy_info: the selector's family is at 40, the direction at 160
             if len(message.body) >= 161:
                 family, direction = struct.unpack_from("=H", message.body, 40)[0], message.body[160]
-                count += family in (rt.AF_UNSPEC, rt.AF_INET) and direction in (XFRM_OUT, XFRM_FORWARD)
+                count += family in (rt.AF_UNSPEC, *families) and direction in (XFRM_OUT, XFRM_FORWARD)
         if count:
-            yield f"{count} XFRM polic{'y' if count == 1 else 'ies'} for IPv4 (ip xfrm policy)"
+            names = "IPv4 and IPv6" if rt.AF_INET6 in families else "IPv4"
+            yield f"{count} XFRM polic{'y' if count == 1 else 'ies'} for {names} (ip xfrm policy)"
         with contextlib.suppress(OSError):  # Linux 5.14
             for message in netlink.ask(XFRM_GETDEFAULT, bytes(4)):
                 if len(message.body) >= 3 and XFRM_BLOCK in message.body[1:3]:

@@ -21,6 +21,7 @@ from libfp.linux.state import Changes, State
 from libfp.pyxdp import LocalAddresses, Steer
 from libfp.pyxdp.device import ETHERNET, XDP_HEADROOM, Device, check, check_frame, check_free
 from libfp.pyxdp.filters import parse_prefix
+from libfp.pyxdp.steer import Family
 from libfp.pyxdp.system import has_capability, missing_capability
 from libfp.stages.routes import Routes
 
@@ -176,6 +177,7 @@ class Linux:
         """An application runs: its workers' punt rings are drained from now on."""
         for port, tap in zip(self.ports, self.punt.taps, strict=True):
             tap.mark(port.attachment.marker if port.attachment is not None else b"")
+        self.mirror.call(self._pause)  # what has changed while the programs were attached
         self.punt.start([ring for ring in rings if ring is not None])
 
     def stopped(self) -> None:
@@ -190,8 +192,9 @@ class Linux:
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
     def _changed(self, state: State, changes: Changes) -> None:
-        if state.rib.local != self._local:
-            self._follow_local(state.rib.local)
+        local = state.rib.local | state.rib6.local
+        if local != self._local:
+            self._follow_local(local)
         for index in changes.links & self._indexes.keys():
             self._follow_link(state, index)
         if changes.policy and not self.bypass:
@@ -224,9 +227,9 @@ class Linux:
             self.local.add(str(prefix))
         for prefix in self._local.keys() - local.keys():
             self.local.remove(str(prefix))
-        self._local = dict(local)
-        own = (prefix for prefix, kind in local.items() if kind == rt.LOCAL and not LOOPBACK.covers(prefix))
-        self.routes.set_local(prefix[:2] for prefix in own)
+        self._local = local
+        ipv4 = (prefix for prefix, kind in local.items() if kind == rt.LOCAL and prefix.bits == 32)
+        self.routes.set_local(prefix[:2] for prefix in ipv4 if not LOOPBACK.covers(prefix))
 
     def _follow_link(self, state: State, index: int) -> None:
         number = self._indexes[index]
@@ -252,15 +255,18 @@ class Linux:
                 present = device.index in state.links  # of one that is gone `_follow_link` has spoken
                 if present and not now.forwarding and (before is None or before.forwarding):
                     log.warning(
-                        "Linux does not forward what arrives on %s (sysctl net.ipv4.ip_forward): it gets all of it",
+                        "Linux does not forward the IPv4 that arrives on %s (sysctl net.ipv4.ip_forward): it gets all",
                         device.name,
                     )
+                if now.forwarding6 and not (before is not None and before.forwarding6) and not self.bypass:
+                    self._look_for_conflicts()  # IPv6 policies count from now on
         self._pause()
 
     def _pause(self) -> None:
-        """Give Linux the ports on which it does not forward, or all when only Linux can forward."""
+        """Give Linux what it does not forward, or all when only Linux can forward."""
         for port, now in zip(self.ports, self.policies, strict=True):
-            port.pause(not now.forwarding or self.mirror.suspended)
+            forwarded: tuple[tuple[Family, bool], ...] = (("ipv4", now.forwarding), ("ipv6", now.forwarding6))
+            port.carry(family for family, yes in forwarded if yes and not self.mirror.suspended)
 
     def _announce(self) -> None:
         """Say at start what goes to Linux that might have been expected to go past it."""
@@ -269,7 +275,7 @@ class Linux:
             for conflict in guard.conflicts(self._guarded):
                 log.warning("bypassed: %s", conflict)
         others: dict[str, int] = {}
-        for routes, count in state.rib.counts().items():
+        for routes, count in [*state.rib.counts().items(), *state.rib6.counts().items()]:
             for link in {hop.link for hop in routes[0].hops if routes[0].type == rt.UNICAST}:
                 if link not in self._indexes and link in state.links:
                     name = state.links[link].name

@@ -24,13 +24,13 @@ def interval(names: Iterable[str]) -> float:
     Reads base_reachable_time and gc_stale_time of the calling thread's network namespace.
     """
     lives = [3 * LONGEST]
-    for name in names:
-        folder = f"/proc/sys/net/ipv4/neigh/{name}"
+    for name, version in ((name, version) for name in names for version in (4, 6)):
+        folder = f"/proc/sys/net/ipv{version}/neigh/{name}"
         try:
             with open(f"{folder}/base_reachable_time_ms") as reachable, open(f"{folder}/gc_stale_time") as stale:
                 lives += [int(reachable.read()) / 1000, float(stale.read())]
         except OSError:
-            continue  # gone since
+            continue  # gone since, or without IPv6
     return min(LONGEST, max(SHORTEST, min(lives) / 3))
 
 

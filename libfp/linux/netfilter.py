@@ -10,13 +10,15 @@ import ctypes
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from libfp.linux.netlink import NETLINK_NETFILTER, Message, Netlink, attribute_list, attributes, text
 
 GROUP_NFTABLES = 7
 GETCHAIN = 10 << 8 | 4  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN
 FAMILIES = {1: "inet", 2: "ip", 5: "netdev"}  # those that see forwarded IPv4
+FAMILIES6 = FAMILIES | {10: "ip6"}
 HOOKS = {0: "prerouting", 2: "forward", 4: "postrouting", 5: "ingress"}
 NETDEV_HOOKS = {0: "ingress", 1: "egress"}
 NF_DROP, NF_ACCEPT = 0, 1
@@ -25,13 +27,15 @@ IPT_SO_GET_INFO, IPT_SO_GET_ENTRIES = 64, 65
 _GETINFO = struct.Struct("=32sI5I5III")  # name, valid hooks, where each hook's chain begins, its policy, entries, bytes
 
 
-def conflicts(ports: Collection[str]) -> Iterator[str]:
+def conflicts(ports: Collection[str], ipv6: bool = False) -> Iterator[str]:
     """What netfilter would decide about packets forwarded between these interfaces, one line each."""
-    yield from nftables(ports)
-    yield from iptables()
+    yield from nftables(ports, FAMILIES6 if ipv6 else FAMILIES)
+    yield from iptables(_IPTABLES)
+    if ipv6:
+        yield from iptables(_IP6TABLES)
 
 
-def nftables(ports: Collection[str]) -> Iterator[str]:
+def nftables(ports: Collection[str], families: Mapping[int, str] = FAMILIES) -> Iterator[str]:
     """Base chains on the way that have rules, or a policy other than accept."""
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
@@ -41,19 +45,19 @@ def nftables(ports: Collection[str]) -> Iterator[str]:
     except OSError:
         return  # a kernel without nftables
     for message in chains:
-        found = _chain(message, ports)
+        found = _chain(message, ports, families)
         if found:
             yield found
 
 
-def _chain(message: Message, ports: Collection[str]) -> str:
+def _chain(message: Message, ports: Collection[str], families: Mapping[int, str]) -> str:
     family = message.body[0] if message.body else 0
     chain = attributes(message.body, 4)
-    if family not in FAMILIES or 4 not in chain:  # NFTA_CHAIN_HOOK: only base chains have one
+    if family not in families or 4 not in chain:  # NFTA_CHAIN_HOOK: only base chains have one
         return ""
     hook = attributes(chain[4])
     number = int.from_bytes(hook.get(1, b""), "big")
-    name = (NETDEV_HOOKS if FAMILIES[family] == "netdev" else HOOKS).get(number)
+    name = (NETDEV_HOOKS if families[family] == "netdev" else HOOKS).get(number)
     if name is None:
         return ""
     devices = [text(hook[3])] if 3 in hook else []
@@ -64,44 +68,58 @@ def _chain(message: Message, ports: Collection[str]) -> str:
     if policy == NF_ACCEPT and not int.from_bytes(chain.get(6, b""), "big"):  # NFTA_CHAIN_USE: its rules
         return ""
     where = f"hook {name}" + ("" if policy == NF_ACCEPT else ", policy drop")
-    return f"nftables chain {FAMILIES[family]} {text(chain[1])} {text(chain[3])} ({where})"
+    return f"nftables chain {families[family]} {text(chain[1])} {text(chain[3])} ({where})"
 
 
-def iptables() -> Iterator[str]:
+class _Legacy(NamedTuple):
+    """One family's legacy tables: how they are called and asked for, and where an entry has its target's offset."""
+
+    name: str
+    names: str
+    family: int
+    level: int
+    target_at: int  # in struct ipt_entry, struct ip6t_entry
+
+
+_IPTABLES = _Legacy("iptables", "ip_tables_names", socket.AF_INET, socket.SOL_IP, 88)
+_IP6TABLES = _Legacy("ip6tables", "ip6_tables_names", socket.AF_INET6, socket.IPPROTO_IPV6, 140)
+
+
+def iptables(legacy: _Legacy) -> Iterator[str]:
     """Tables of legacy iptables that have rules, or a policy other than accept, on the way of a forwarded packet."""
     try:
-        with open("/proc/thread-self/net/ip_tables_names") as file:
+        with open(f"/proc/thread-self/net/{legacy.names}") as file:
             names = file.read().split()
     except OSError:
         return
     for name in names:
-        for hook, policy in _legacy(name):
-            yield f"iptables (legacy) table {name}, chain {hook.upper()}" + ("" if policy else " (policy drop)")
+        for hook, policy in _legacy(name, legacy):
+            yield f"{legacy.name} (legacy) table {name}, chain {hook.upper()}" + ("" if policy else " (policy drop)")
 
 
-def _legacy(table: str) -> Iterator[tuple[str, bool]]:
+def _legacy(table: str, legacy: _Legacy) -> Iterator[tuple[str, bool]]:
     """(hook, does its policy accept) of the built-in chains on the way that decide something."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
-        info = _getsockopt(sock, IPT_SO_GET_INFO, table.encode().ljust(_GETINFO.size, b"\0"))
+    with contextlib.suppress(OSError), socket.socket(legacy.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        info = _getsockopt(sock, legacy.level, IPT_SO_GET_INFO, table.encode().ljust(_GETINFO.size, b"\0"))
         _, hooks, *rest = _GETINFO.unpack(info)
         begins, policies, size = rest[:5], rest[5:10], rest[11]
         request = struct.pack("=32sI4x", table.encode(), size)  # the entries are aligned to 8 bytes
-        entries = _getsockopt(sock, IPT_SO_GET_ENTRIES, request + bytes(size))[len(request) :]
+        entries = _getsockopt(sock, legacy.level, IPT_SO_GET_ENTRIES, request + bytes(size))[len(request) :]
         for number, name in HOOKS.items():
             if number < 5 and hooks >> number & 1:
-                # struct ipt_entry: the target's offset is at 88; in a standard target the verdict is at 32
-                target = policies[number] + struct.unpack_from("=H", entries, policies[number] + 88)[0]
+                # in a standard target the verdict is at 32
+                target = policies[number] + struct.unpack_from("=H", entries, policies[number] + legacy.target_at)[0]
                 accepts = struct.unpack_from("=i", entries, target + 32)[0] == -NF_ACCEPT - 1
                 if begins[number] != policies[number] or not accepts:
                     yield name, accepts
 
 
-def _getsockopt(sock: socket.socket, option: int, value: bytes) -> bytes:
-    """getsockopt(2) at SOL_IP with a value that also goes in, which Python's own lacks."""
+def _getsockopt(sock: socket.socket, level: int, option: int, value: bytes) -> bytes:
+    """getsockopt(2) with a value that also goes in, which Python's own lacks."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(value, len(value))
     length = ctypes.c_uint(len(value))
-    if libc.getsockopt(sock.fileno(), 0, option, buffer, ctypes.byref(length)) != 0:
+    if libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(length)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return buffer.raw

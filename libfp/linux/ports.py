@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from libfp.linux.state import State
 from libfp.ports.xdp import XdpPort
+from libfp.pyxdp.steer import Family
 
 
 class HostPort(XdpPort):
@@ -19,6 +21,15 @@ class HostPort(XdpPort):
         self._lock = threading.Lock()  # workers' threads take and leave, the mirror's thread pauses
         self._taken: set[int] = set()
         self._paused = False
+
+    def carry(self, families: Iterable[Family]) -> None:
+        """Take the packets of these families ("ipv4", "ipv6") and no others: all of them may be Linux's."""
+        families = tuple(families)
+        with self._lock:
+            if self.attachment is not None and families and families != self.attachment.families:
+                self.attachment.update(families=families)
+            self.steer.families = families or self.steer.families
+        self.pause(not families)
 
     @property
     def paused(self) -> bool:
@@ -49,12 +60,13 @@ class HostPort(XdpPort):
 class PortPolicy:
     """What Linux's settings say about packets that arrive on a port.
 
-    `forwarding`: they are forwarded at all. `rp_filter`: 0 no reverse path filter, 1 the way back to the source must
-    leave by this port, 2 there must be a way back. `redirects`: a packet that leaves by the port it came in by has an
-    ICMP redirect sent to its source. `accept_local`: this host's own addresses may be sources.
+    `forwarding`, `forwarding6`: they are forwarded at all. Of IPv4 alone: `rp_filter`: 0 no reverse path filter, 1 the
+    way back to the source must leave by this port, 2 there must be a way back. `redirects`: a packet that leaves by the
+    port it came in by has an ICMP redirect sent to its source. `accept_local`: own addresses may be sources.
     """
 
     forwarding: bool = True
+    forwarding6: bool = False
     rp_filter: int = 0
     redirects: bool = True
     accept_local: bool = False
@@ -64,6 +76,7 @@ def policy(state: State, link: int, name: str) -> PortPolicy:
     """The settings in effect; what nothing announces is read from /proc, the rest is as mirrored."""
     return PortPolicy(
         forwarding=state.forwarding(link),
+        forwarding6=state.forwarding(link, 128),
         rp_filter=state.rp_filter(link),
         redirects=setting("send_redirects", "all", name),
         accept_local=setting("accept_local", "all", name),

@@ -80,9 +80,7 @@ class Publisher:
         self._by_index: dict[int, _Entry] = {}
         self._by_link: dict[int, set[Via]] = {}
         self._idle: set[int] = set()  # indexes to which nothing may lead any more once all is written
-        self.families = {32: _Family(routes.fib, 32)}
-        if getattr(routes, "fib6", None) is not None:
-            self.families[128] = _Family(routes.fib6, 128)  # type: ignore[attr-defined]
+        self.families = {32: _Family(routes.fib, 32), 128: _Family(routes.fib6, 128)}
         self.suspended = False
 
     def __len__(self) -> int:
@@ -172,8 +170,9 @@ class Publisher:
         return [key for key in found if isinstance(key, Via)]
 
     def via(self, index: int) -> Via | None:
-        """Which neighbour the next hop of that index is."""
-        return self._by_index.get(index)
+        """Which neighbour the next hop of that index is, if it is one."""
+        key = self.said(index)
+        return key if isinstance(key, Via) else None
 
     def suspend(self, suspended: bool) -> None:
         """Leave every packet to Linux, or stop doing so."""

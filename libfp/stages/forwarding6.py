@@ -75,7 +75,7 @@ def forward6(burst: Burst, routes: RoutesView) -> None:
 
 @kernel
 def is_unusual6(first: int) -> bool:
-    """Whether an address with that first byte may be no plain global unicast: 00 (::, ::1, mapped), fe, ff."""
+    """Whether an address with that first byte may be no plain global unicast: 00 (::, ::1), fe, ff."""
     return (first + 2) & 0xFF < 3
 
 
@@ -84,9 +84,7 @@ def check_unusual6(burst: Burst, i: int, ip: int) -> None:
     """The verdict, if there is one, on a packet whose addresses or hop limit want a closer look, as Linux would."""
     source, destination = load64be(ip + 8), load64be(ip + 24)
     source_low, destination_low = load64be(ip + 16), load64be(ip + 32)
-    mapped = source == 0 and shr64(source_low, 32) == 0xFFFF
-    loopback = source == 0 and source_low == 1
-    if shr64(source, 56) == 0xFF or loopback or mapped:
+    if shr64(source, 56) == 0xFF or (source == 0 and source_low == 1):
         burst.drop(i, "martian-source")
     elif destination == 0 and destination_low == 1:
         burst.drop(i, "martian-destination")

@@ -39,6 +39,7 @@ __all__ = ["Host", "Lab", "namespace_of", "wait_until"]
 T = TypeVar("T")
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+IFA_F_NODAD = 2
 MS_REC, MS_SLAVE = 0x4000, 1 << 19
 MARK = "LIBFP_LAB"  # in the environment of every process a Lab starts: "pid:start time" of the Lab's own process
 _lab_numbers = itertools.count(1)
@@ -300,7 +301,9 @@ class Host:
 
     def ping(self, address: str, count: int = 3, source: str = "", **kwargs: Any) -> PingResult:
         """Echo requests from here (`source`: from that address); see `libfp.testing.ping.ping` for the rest."""
-        with self.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        ipv4, ipv6 = (socket.AF_INET, socket.IPPROTO_ICMP), (socket.AF_INET6, socket.IPPROTO_ICMPV6)
+        family, protocol = ipv6 if ":" in address else ipv4
+        with self.socket(family, socket.SOCK_RAW, protocol) as sock:
             sock.bind((source, 0))
             return ping(sock, address, count, identifier=int(time.monotonic() * 1e6) & 0xFFFF, **kwargs)
 
@@ -341,9 +344,12 @@ class Host:
         self.netlink("link", "set", index=self.index(name), mtu=mtu)
 
     def address(self, name: str, address: str, command: str = "add", **kwargs: Any) -> None:
-        """Add "a.b.c.d/len" to an interface (`command="del"` removes it)."""
+        """Add "a.b.c.d/len" or "a:b::c/len" (without DAD) to an interface; `command="del"` removes it."""
         host, _, length = address.partition("/")
-        self.netlink("addr", command, index=self.index(name), address=host, prefixlen=int(length or 32), **kwargs)
+        if ":" in host:
+            kwargs = {"family": socket.AF_INET6, "flags": IFA_F_NODAD} | kwargs
+        length = length or ("128" if ":" in host else "32")
+        self.netlink("addr", command, index=self.index(name), address=host, prefixlen=int(length), **kwargs)
 
     def route(
         self,
@@ -355,7 +361,7 @@ class Host:
         command: str = "add",
         **kwargs: Any,
     ) -> None:
-        """Add a route to "a.b.c.d/len" or "default". `kwargs` go to pyroute2 (`type="blackhole"`, `multipath=`, ...).
+        """Add a route to a prefix, "default" or "::/0". `kwargs` go to pyroute2 (`type="blackhole"`, `multipath=`).
 
         `command` may be "add", "replace", "append", "change" or "del".
         """

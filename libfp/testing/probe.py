@@ -16,7 +16,7 @@ from libfp.testing.netns import Host
 
 ETH_P_ALL = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
-IP_MTU_DISCOVER, DONT, PROBE = 10, 0, 3
+IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, DONT, PROBE = 10, 23, 0, 3
 SO_RCVBUFFORCE, SO_TIMESTAMPNS = 33, 35
 UDP = 17
 
@@ -58,7 +58,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class IcmpError:
-    """An ICMP error: its type and code, who sent it, and the next hop's MTU of a "fragmentation needed", else 0."""
+    """An ICMP error: its type and code, who sent it, and the MTU of "fragmentation needed" or "too big", else 0."""
 
     kind: int
     code: int
@@ -73,6 +73,8 @@ def udp_probe(
 
     The program traceroute does this with TTLs from 1 on. None when nothing comes within `timeout` seconds.
     """
+    if ":" in address:
+        return _udp_probe6(host, address, ttl, size, timeout)
     with (
         host.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as errors,
         host.socket() as sender,
@@ -94,11 +96,31 @@ def udp_probe(
     return None
 
 
+def _udp_probe6(host: Host, address: str, hops: int, size: int, timeout: float) -> IcmpError | None:
+    with (
+        host.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as errors,
+        host.socket(socket.AF_INET6) as sender,
+    ):
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, hops)
+        sender.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PROBE)
+        sender.bind(("", 0))
+        ports = struct.pack("!HH", sender.getsockname()[1], 33434)
+        sender.sendto(bytes(size), (address, 33434))
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0 and select.select([errors], [], [], left)[0]:
+            icmp, (source, *_) = errors.recvfrom(65535)
+            if len(icmp) < 56 or icmp[0] >= 128 or icmp[8 + 6] != UDP or icmp[48:52] != ports:
+                continue
+            kind, code, mtu = struct.unpack_from("!BBxxI", icmp)
+            return IcmpError(kind, code, source, mtu if kind == 2 else 0)
+    return None
+
+
 class Arrivals:
     """Numbered datagrams to a UDP port, each with the time at which the kernel took it in; the kernel keeps them."""
 
     def __init__(self, host: Host, address: str = "0.0.0.0", port: int = 5003) -> None:
-        self._socket = host.socket()
+        self._socket = host.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self._socket.bind((address, port))
@@ -135,7 +157,8 @@ class Trickle:
 
     def __init__(self, host: Host, address: str, port: int = 5003, rate: float = 1000.0) -> None:
         self.sent = self.errors = 0
-        self._socket, self._to, self._pause = host.socket(), (address, port), 1 / rate
+        self._socket = host.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._to, self._pause = (address, port), 1 / rate
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trickle", daemon=True)
 

@@ -38,10 +38,11 @@ class Crossroads:
                                                    r2 10.0.3.1 -- (o0) 10.0.3.2 other
 
     The neighbours' default routes lead to the router, which forwards. They take what comes to UDP port 9 (discard) and
-    do not answer.
+    do not answer. In a lab with IPv6 the same with 2001:db8:N::1 and ::2 in place of 10.0.N.1 and .2.
     """
 
     CLIENT, SERVER, OTHER = "10.0.1.2", "10.0.2.2", "10.0.3.2"
+    CLIENT6, SERVER6, OTHER6 = "2001:db8:1::2", "2001:db8:2::2", "2001:db8:3::2"
     PORTS = ("r0", "r1", "r2")
 
     def __init__(self, lab: Lab) -> None:
@@ -54,15 +55,25 @@ class Crossroads:
             self._neighbour(number, name) for number, name in enumerate(("client", "server", "other"))
         )
         self.router.sysctl("net.ipv4.ip_forward", 1)
+        if lab.ipv6:
+            self.router.sysctl("net.ipv6.conf.all.forwarding", 1)
 
     def _neighbour(self, number: int, name: str) -> Host:
         host, end, port = self.lab.host(name), f"{name[0]}0", f"r{number}"
         host.sysctl("net.ipv4.icmp_ratemask", 0)
+        if self.lab.ipv6:
+            host.sysctl("net.ipv6.icmp.ratelimit", 0)
+            host.sysctl("net.ipv6.conf.all.accept_dad", 0)
         self.lab.link(host, end, self.router, port)
         self.router.address(port, f"10.0.{number + 1}.1/24")
         host.address(end, f"10.0.{number + 1}.2/24")
         host.route("default", via=f"10.0.{number + 1}.1")
-        sink = host.socket()
+        if self.lab.ipv6:
+            self.router.sysctl("net.ipv6.icmp.ratelimit", 0)
+            self.router.address(port, f"2001:db8:{number + 1}::1/64")
+            host.address(end, f"2001:db8:{number + 1}::2/64")
+            host.route("::/0", via=f"2001:db8:{number + 1}::1")
+        sink = host.socket(socket.AF_INET6 if self.lab.ipv6 else socket.AF_INET)  # of IPv6: takes both
         sink.bind(("", 9))
         self._sinks.append(sink)
         return host

@@ -61,7 +61,8 @@ def tcp_transfer(
             failure.append(error)
 
     sent = hashlib.blake2b()
-    with receiver.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with receiver.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.settimeout(timeout)
         listener.bind((address, port))
@@ -69,7 +70,7 @@ def tcp_transfer(
         thread = threading.Thread(target=take, args=(listener,), name="tcp-receiver")
         thread.start()
         try:
-            with sender.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+            with sender.socket(family, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
                 begun = time.monotonic()
                 connection.connect((address, port))

@@ -86,7 +86,7 @@ def routed6(frame: bytes) -> Verdict:
     source, destination = ipaddress.IPv6Address(ip[8:24]), ipaddress.IPv6Address(ip[24:40])
     if next_header == 0:
         return "punt ip-options", frame
-    if source.is_multicast or source.is_loopback or source.ipv4_mapped is not None:
+    if source.is_multicast or source.is_loopback:
         return "drop martian-source", frame
     if destination.is_loopback:
         return "drop martian-destination", frame
