@@ -82,7 +82,7 @@ class Publisher:
         self._idle: set[int] = set()  # indexes to which nothing may lead any more once all is written
         self.families = {32: _Family(routes.fib, 32)}
         if getattr(routes, "fib6", None) is not None:
-            self.families[128] = _Family(routes.fib6, 128)  # type: ignore[attr-defined]
+            self.families[128] = _Family(routes.fib6, 128)
         self.suspended = False
 
     def __len__(self) -> int:
