@@ -173,7 +173,8 @@ class Publisher:
 
     def via(self, index: int) -> Via | None:
         """Which neighbour the next hop of that index is."""
-        return self._by_index.get(index)
+        key = self.said(index)
+        return key if isinstance(key, Via) else None
 
     def suspend(self, suspended: bool) -> None:
         """Leave every packet to Linux, or stop doing so."""
