@@ -4,7 +4,7 @@
 pyroute2 reading the same dumps into Python objects, and into no table. `beyond dump` takes from ours the time that the
 kernel needs for its dumps alone: received into one buffer, and not looked at.
 
-One round of each is counted, after one that is not: pyroute2 takes minutes.
+pyroute2 takes minutes: it has one round, and what the harness has it do before that, uncounted, is to read links.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Sync:
     """Rounds over one table. Everything runs in the host's thread, so in its namespace."""
 
     def __init__(self, table: Table) -> None:
-        self._table = table
+        self._table, self._warm = table, False
         self.families = [rt.AF_INET] + ([rt.AF_INET6] if 128 in table.rows else [])
 
     def dump(self) -> float:
@@ -168,6 +168,9 @@ class Sync:
     def _pyroute2(self) -> float:
         began, count = time.perf_counter(), 0
         with IPRoute() as netlink:
+            if not self._warm:
+                self._warm = True
+                return float(len(netlink.get_links()))
             for family in self.families:
                 count += sum(1 for _ in netlink.get_routes(family=family))
         assert count >= self._table.count()

@@ -57,7 +57,7 @@ def target(
     port numbers. The same for all prefixes, but that `Direct` on one of full length is a `Via`: see `on_link`. Of a
     multipath route the first usable hop is taken, which is one that Linux may take too.
     """
-    for route in routes:
+    for number, route in enumerate(routes):
         if route.tos:
             return VIA_LINUX  # Linux chooses by a header field that is not looked at here
         if route.type not in _WITHOUT_HOP and not any(_hop_holds(hop, state, bits) for hop in route.hops):
@@ -66,6 +66,8 @@ def target(
             # The local table wins if the host ever had a policy rule (the kernel then keeps the tables apart for
             # good), else the longer prefix: from outside one cannot tell.
             return VIA_LINUX
+        if bits == 128 and any((one.table, one.metric) == (route.table, route.metric) for one in routes[number + 1 :]):
+            return VIA_LINUX  # Linux chooses by router preference and by which neighbour answers (RFC 4191)
         if route.type != rt.UNICAST:
             return _BY_TYPE.get(route.type, VIA_LINUX)
         return _unicast(route, state, ports, bits)

@@ -74,6 +74,11 @@ class Link:
         """The layer below is up: packets can leave. Without it the kernel marks routes `linkdown`."""
         return bool(self.flags & (IFF_RUNNING | IFF_LOWER_UP))
 
+    @property
+    def ready(self) -> bool:
+        """Up, with a carrier of which all of the kernel has taken note: what IPv6 waits for (addrconf_link_ready)."""
+        return self.flags & (IFF_UP | IFF_RUNNING | IFF_LOWER_UP) == IFF_UP | IFF_RUNNING | IFF_LOWER_UP
+
 
 class Address(NamedTuple):
     """An address of this host: `local` is 4 or 16 bytes in network order; `peer` differs on point-to-point links."""

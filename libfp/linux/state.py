@@ -141,7 +141,7 @@ class State:
         link = self.links.get(index)
         if link is None or not link.up:
             return False
-        return bool(self.addresses.get(index)) if bits == 32 else link.carrier
+        return bool(self.addresses.get(index)) if bits == 32 else link.ready
 
     def _neighbour(self, new: bool, neighbour: rt.Neighbour | None, changes: Changes) -> None:
         if neighbour is None:
@@ -180,7 +180,7 @@ class State:
             changes.resync = changes.resync or self._nexthop_objects() > 0
         elif link.up and not old.up:
             changes.add_rows(32, self.rib.link_up(link.index))
-        if link.up and link.carrier and not (old.up and old.carrier):  # IPv6 waits for the carrier
+        if link.ready and not old.ready:
             changes.add_rows(128, self.rib6.link_up(link.index))
         if old.carrier != link.carrier:
             self._rows(changes, "using", link.index)

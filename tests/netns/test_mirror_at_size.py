@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import json
 import socket
 import struct
 import threading
@@ -13,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from bench.sync import Table, fill
 from libfp import Linux, Pipeline
+from libfp.apps.router.verify import verify as command
 from libfp.linux import host as host_module
 from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import LIVE, Mirror
 from libfp.linux.netlink import Netlink, attribute, request
-from libfp.linux.verify import verify
+from libfp.linux.verify import handler, verify
 from libfp.stages import forward, parse
 from libfp.stages.routes import Punt
 from libfp.testing.netns import Lab, wait_until
@@ -122,6 +125,26 @@ def test_verify_names_what_differs(net: Net) -> None:
         for name in ("route 198.51.100.0/24", "entry 203.0.113.0/24", "entry 10.0.1.0/24", "entry 198.51.100.0/24"):
             assert name in text
         assert found.differences == 4, text
+
+
+def test_verify_as_a_command(net: Net) -> None:
+    """From another process's point of view: a question to the running instance, and its answer shown."""
+    with (
+        net.router.enter(),
+        Linux(*net.PORTS) as linux,
+        Pipeline(parse, forward(linux)).start(linux.ports, idle="park", name="verified") as app,
+    ):
+        app.control.add("verify", handler(linux.mirror))
+        shown = CliRunner().invoke(command, ["verified"])
+        assert shown.exit_code == 0, shown.output
+        assert "no difference" in shown.output
+        assert f" {len(linux.mirror.state.rib)} IPv4 routes" in shown.output
+        linux.mirror.call(lambda: linux.routes.fib.__delitem__("10.0.1.0/24"))
+        shown = CliRunner().invoke(command, ["verified", "--json"])
+        assert shown.exit_code == 1
+        found = json.loads(shown.output)
+        assert found["differences"] == 1
+        assert "10.0.1.0/24" in found["examples"][0]
 
 
 def test_what_fails_in_the_mirror_s_thread_is_raised_at_the_caller(net: Net) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import struct
@@ -13,11 +14,25 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 from libfp.linux.verify import Verification, verify
+from libfp.stages.routes import Drop, Forward, Punt, Routes
 from libfp.testing.netns import Host, Lab, wait_until
-from libfp.testing.plain_routes import PlainRoutes
 
 LINKS = ("r0", "r1", "r2")
 Hops = list[tuple[str, str]]
+ERRORS: dict[int | None, Punt | Drop] = {
+    errno.EINVAL: Drop("blackhole"),
+    errno.EHOSTUNREACH: Punt("unreachable"),
+    errno.EACCES: Punt("prohibit"),
+    errno.ENETUNREACH: Punt("no-route"),
+    errno.EAGAIN: Punt("no-route"),
+}
+KINDS: dict[int, Punt | Drop] = {
+    rt.BLACKHOLE: Drop("blackhole"),
+    rt.UNREACHABLE: Punt("unreachable"),
+    rt.PROHIBIT: Punt("prohibit"),
+    rt.THROW: Punt("no-route"),
+    rt.MULTICAST: Punt("multicast"),
+}
 
 
 def packed(address: str) -> bytes:
@@ -38,7 +53,10 @@ class Router:
         self.log: list[str] = []
         for number, name in enumerate(LINKS):
             self.address("add", name, f"2001:db8:{number}::1")
-        self.mirror: Mirror = self.near.call(Mirror, PlainRoutes(), {self.indexes["r0"]: 0, self.indexes["r1"]: 1})
+        self.near.sysctl("net.ipv6.conf.all.forwarding", 1)
+        self.routes = Routes()
+        self.ports = {self.indexes["r0"]: 0, self.indexes["r1"]: 1}
+        self.mirror: Mirror = self.near.call(Mirror, self.routes, self.ports)
         self.near.call(self.mirror.start)
         self.mirror.wait_synced(10)
 
@@ -86,12 +104,60 @@ class Router:
         what = f"route {command} {prefix}/{length} type {kind} {hops} metric {metric}"
         self.send(what, rt.RTM_DELROUTE if command == "del" else rt.RTM_NEWROUTE, body, flags[command])
 
+    def neighbour(self, link: str, address: str, state: int) -> None:
+        body = struct.pack("=B3xiHBB", rt.AF_INET6, self.indexes[link], state, 0, 0) + attribute(1, packed(address))
+        body += attribute(2, bytes([2, 0, 0, 0, 1, 9]))
+        self.send(f"neighbour {link} {address} {state:#x}", rt.RTM_NEWNEIGH, body, NLM_F_CREATE | NLM_F_REPLACE)
+
+    def action(self, address: int) -> object:
+        index = self.routes.fib6.lookup(address)
+        return self.routes.next_hops[index] if index else Punt("no-route")
+
+    def expected(self, address: int) -> list[object]:
+        """What would do as the kernel does with a packet that arrives on r0; empty where only the kernel can tell."""
+        body = struct.pack("=BBBBBBBBI", rt.AF_INET6, 128, 128, 0, 0, 0, 0, 0, rt.RTM_F_FIB_MATCH)
+        body += attribute(1, address.to_bytes(16, "big")) + attribute(2, packed("2001:db8:ffff::9"))
+        body += attribute(3, struct.pack("=I", self.indexes["r0"]))
+        try:
+            (reply, *_) = self.netlink.ask(rt.RTM_GETROUTE, body, 0)
+        except OSError as error:
+            return [ERRORS[error.errno]]
+        decoded = rt.route(reply.body)
+        assert decoded is not None
+        route = decoded[1]
+        if route.type in (rt.LOCAL, rt.ANYCAST):
+            return [Punt("local")]
+        if route.type in KINDS:
+            return [KINDS[route.type]]
+        assert route.type == rt.UNICAST, route
+        return [self._does(route, hop, address) for hop in route.hops if not hop.dead]
+
+    def _does(self, route: rt.Route, hop: rt.Hop, address: int) -> Forward | Punt:
+        if hop.link not in self.ports:
+            return Punt("via-linux")
+        state = self.mirror.state
+        link = state.links[hop.link]
+        neighbour = state.usable(hop.link, hop.gateway or address.to_bytes(16, "big"))
+        if neighbour is None or not link.carrier:
+            return Punt("no-neighbour")
+        return Forward(self.ports[hop.link], neighbour.mac, link.mac, min(route.mtu or link.mtu, link.mtu))
+
+    def check(self, addresses: list[int]) -> list[str]:
+        """Where the tables and the kernel disagree."""
+        wrong = []
+        for address in addresses:
+            action, expected = self.action(address), self.expected(address)
+            if action not in expected and action != Punt("via-linux"):
+                name = socket.inet_ntop(socket.AF_INET6, address.to_bytes(16, "big"))
+                wrong.append(f"{name}: {action} instead of {expected}")
+        return wrong
+
     def _hop(self, link: str, via: str) -> bytes:
         hop = attribute(4, struct.pack("=I", self.indexes[link]))
         return hop + attribute(5, packed(via)) if via else hop
 
     def step(self, choose: random.Random) -> None:
-        what = choose.choices(("route", "address", "link", "carrier"), (20, 4, 2, 1))[0]
+        what = choose.choices(("route", "neighbour", "address", "link", "carrier"), (20, 6, 4, 2, 1))[0]
         if what == "route":
             length = choose.choice((0, 32, 48, 48, 64, 65, 128))
             whole = int.from_bytes(packed(f"2001:db8:{choose.randrange(8)}::{choose.randrange(2)}"), "big")
@@ -105,6 +171,10 @@ class Router:
             # a dump skips what stands between two hops of a multipath route: other routes have other metrics here
             joins = bool(hops) and all(via for _, via in hops)
             self.route(command, prefix, length, kind, hops, choose.choice((0, 10, 20) if joins else (5, 15, 25)))
+        elif what == "neighbour":
+            link, address = self._way(choose)
+            state = choose.choice((rt.NUD_PERMANENT, rt.NUD_PERMANENT, rt.NUD_STALE))
+            self.neighbour(link, address or f"2001:db8:{choose.randrange(8)}::{choose.randrange(2)}", state)
         elif what == "address":
             number = choose.randrange(3)
             self.address(choose.choice(("add", "del")), LINKS[number], f"2001:db8:{number}::{choose.randrange(1, 4)}")
@@ -137,11 +207,14 @@ def router() -> Iterator[Router]:
 @pytest.mark.parametrize("seed", range(6))
 def test_notifications_tell_what_a_dump_does(router: Router, seed: int) -> None:
     choose = random.Random(seed)
-    found: list[Verification] = []
+    found, wrong = list[Verification](), list[str]()
+    ends = [f"2001:db8:{i}::{j}" for i in range(9) for j in (0, 1, 8, 9)] + ["2001:db9::1", "2001:db8:3:1::1"]
+    addresses = [int.from_bytes(packed(end), "big") for end in ends]
 
     def same() -> bool:
         found.append(verify(router.mirror))
-        return not found[-1].differences
+        wrong[:] = router.check(addresses)
+        return not found[-1].differences and not wrong
 
     for _ in range(20):
         for _ in range(6):
@@ -149,16 +222,16 @@ def test_notifications_tell_what_a_dump_does(router: Router, seed: int) -> None:
         try:  # the kernel takes note of a lost carrier up to a second later, and adds addresses when it likes
             wait_until(same, timeout=3)
         except TimeoutError:
-            pytest.fail("\n".join([*found[-1].examples, "after", *router.log]))
+            pytest.fail("\n".join([*found[-1].examples, *wrong, "after", *router.log]))
     assert found[-1].ipv6_routes > 5
 
 
 def test_settings_are_those_of_all_interfaces(router: Router) -> None:
     index = router.indexes["r0"]
-    assert not router.mirror.state.forwarding(index, 128)
-    router.near.sysctl("net.ipv6.conf.all.forwarding", 1)
-    router.mirror.barrier()
     assert router.mirror.state.forwarding(index, 128)
+    router.near.sysctl("net.ipv6.conf.all.forwarding", 0)
+    router.mirror.barrier()
+    assert not router.mirror.state.forwarding(index, 128)
 
 
 def test_a_host_without_ipv6(router: Router) -> None:
