@@ -1,6 +1,6 @@
 """Longest prefix match for IPv4: two dependent loads and no branch, but for prefixes longer than /24.
 
-    slot (2**18 of them, 16 bytes)     one for each /18: a bitmap of 64 bits and where its leaves are
+    slot (2**19 of them, 8 bytes)      one for each /19: a bitmap of 32 bits and where its leaves are
       leaves (4 bytes each)            one for each run of /24s that lead to the same place; a set bit begins a run
         deep block                     the same again for the 256 addresses of a /24 that has longer prefixes
 
@@ -30,6 +30,7 @@ from libfp.jit import (
     popcount64,
     prefetch,
     shl64,
+    shr64,
     store32,
     unlikely,
     without_lowest64,
@@ -38,7 +39,7 @@ from libfp.jit import (
 from libfp.tables import lpm4_update
 from libfp.tables.lanes import LANES
 from libfp.tables.lpm import Lpm
-from libfp.tables.lpm4_slot import BLOCKS, SCRATCH, SCRATCH_BYTES
+from libfp.tables.lpm4_slot import BLOCKS, DEEPER, SCRATCH, SCRATCH_BYTES, WHERE
 from libfp.tables.lpm4_vector import lookup8
 from libfp.tables.words import Words
 
@@ -54,13 +55,11 @@ class Lpm4View:
     def lookup(self, key):  # type: ignore[no-untyped-def]
         """The value of the longest prefix that holds the address `key` (host order), 0 if there is none."""
         base = load64(self.cell)
-        slot = base + _SLOTS + ((key >> 14) & 0x3FFFF) * 16
-        second = load64(slot + 8)
-        at = second + 4 * popcount64(shl64(load64(slot), ~(key >> 8)))
-        if second & 1:
-            at -= 1
-            if shl64(load64(base + second - 5), ~(key >> 8)) < 0:
-                at = self.deep(base, load32(base + at), key & 0xFF)
+        word = load64(base + _SLOTS + 8 * ((key >> 13) & 0x7FFFF))
+        leaf = shr64(word, WHERE)
+        at = 4 * (leaf + popcount64(shl64(word, ~(key >> 8) | 32)))
+        if word & DEEPER and shr64(load64(base + 4 * leaf - 4), (key >> 8) & 31) & 1:
+            at = self.deep(base, load32(base + at), key & 0xFF)
         value = load32(base + at)
         return value if value else load32(base)
 
@@ -74,15 +73,15 @@ class Lpm4View:
 
     def prefetch(self, key):  # type: ignore[no-untyped-def]
         """Ask for the memory that `seek` reads."""
-        prefetch(load64(self.cell) + _SLOTS + (key >> 14) * 16)
+        prefetch(load64(self.cell) + _SLOTS + (key >> 13) * 8)
 
     def seek(self, key):  # type: ignore[no-untyped-def]
         """The first step of `lookup`: a number for `value_at`, whose memory it asks for. The key has 32 bits."""
         base = load64(self.cell)
-        slot = base + _SLOTS + (key >> 14) * 16
-        at = load64(slot + 8) + 4 * popcount64(shl64(load64(slot), ~(key >> 8)))
+        word = load64(base + _SLOTS + (key >> 13) * 8)
+        at = 4 * (shr64(word, WHERE) + popcount64(shl64(word, ~(key >> 8) | 32)))
         prefetch(base + at)
-        return at
+        return at | (shr64(word, 32) & 1)
 
     def value_at(self, at, key):  # type: ignore[no-untyped-def]
         """The second step: what `lookup` of `key` returns, `at` being what `seek` returned."""
@@ -114,7 +113,7 @@ class Lpm4(Lpm):
     `routes`) an address is an int in host order.
 
     A change takes microseconds, but for short prefixes without routes of their length beside them: one that covers
-    n slots (n / 2**18 of all addresses) takes up to n steps. Looking up from Python is for the control plane; compiled
+    n slots (n / 2**19 of all addresses) takes up to n steps. Looking up from Python is for the control plane; compiled
     code uses `view`. Raises TableFull beyond `capacity`, BadInput for what is no prefix, KeyError as a dict does.
     """
 

@@ -1,28 +1,28 @@
-"""One slot (a /18) of the lookup structure of `libfp.tables.lpm4`, made from the routes: compiled, control plane only.
+"""One slot (a /19) of the lookup structure of `libfp.tables.lpm4`, made from the routes: compiled, control plane only.
 
-Every step leaves the table right: a new block is written first, then the slot's two words are turned to it in one
-transaction. Where the block keeps its shape (another next hop for the same prefixes), only the words that differ are
-stored, in place.
+Every step leaves the table right: a new block is written first, then the slot's word is turned to it. Where the block
+keeps its shape (another next hop for the same prefixes), only the words that differ are stored, in place.
 """
 
 from __future__ import annotations
 
-from libfp.jit import kernel, load32, load64, popcount64, shl64, store32, store64
+from libfp.jit import kernel, load32, load64, popcount64, shl64, shr64, store32, store64
 from libfp.tables import rib
 from libfp.tables.words import BASE, TABLE, allocate, fit, free, get, put
 
-SLOT_BITS = 18  # the first step: 2**18 slots, each for a /18
-MIDDLE_BITS = 6  # the second: up to 64 leaves a slot, for /24s
+SLOT_BITS = 19  # the first step: 2**19 slots, each for a /19
+MIDDLE_BITS = 5  # the second: up to 32 leaves a slot, for /24s
 DEEP_BITS = 8  # the third, where there are prefixes longer than /24
 #: Offsets in the arena, in words: the default route's value, the slots, the blocks.
-DEFAULT, SLOTS, BLOCKS = 0, 8, 8 + (2 << SLOT_BITS)
+DEFAULT, SLOTS, BLOCKS = 0, 8, 8 + (1 << SLOT_BITS)
 #: Field in the control block: scratch memory, `SCRATCH_BYTES` of it.
 SCRATCH = TABLE + 128
 STACK, _MIDDLE, _DEEP = 0, 4096, 6144  # byte offsets in the scratch memory
 _SHAPE, _LEAVES, _LEFT = 8192, 8256, 9216
 SCRATCH_BYTES = 12288
 
-DEEPER = 1  # bit 0 of a slot's second word: some leaves are blocks
+# A slot is (where its leaves are, 1 if some of them are blocks, bitmap) in 31, 1 and 32 bits.
+WHERE, DEEPER, BITMAP = 33, 1 << 32, (1 << 32) - 1
 
 
 @kernel
@@ -115,28 +115,21 @@ def _deep(block, node, value, old):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _slot_leaf(bitmap, second, i):  # type: ignore[no-untyped-def]
-    """The byte offset of the leaf of the `i`-th /24 of a slot."""
-    return (second & ~DEEPER) + 4 * popcount64(shl64(bitmap, 63 - i))
-
-
-@kernel
 def _old_deep(block, slot, i):  # type: ignore[no-untyped-def]
     """The deep block that the `i`-th /24 of a slot has now, or 0."""
-    bitmap, second = get(block, SLOTS + 2 * slot), get(block, SLOTS + 2 * slot + 1)
-    if second & DEEPER == 0:
+    word = get(block, SLOTS + slot)
+    where = shr64(word, WHERE)
+    if word & DEEPER == 0 or shr64(get(block, (where - 1) >> 1), i) & 1 == 0:
         return 0
-    if shl64(get(block, ((second + 3) >> 3) - 1), 63 - i) >= 0:
-        return 0
-    return load32(load64(block + BASE) + _slot_leaf(bitmap, second, i))
+    return load32(load64(block + BASE) + 4 * (where + popcount64(shl64(word, 63 - i))))
 
 
 @kernel
-def _free_slot(block, bitmap, second):  # type: ignore[no-untyped-def]
-    """Free the block of a slot that had these two words; deep blocks apart."""
-    deeper = second & DEEPER
-    offset = ((second - deeper + 4) >> 3) - deeper
-    free(block, offset, deeper + ((popcount64(bitmap) + 1) >> 1))
+def _free_slot(block, word):  # type: ignore[no-untyped-def]
+    """Free the block of a slot that was `word`; deep blocks apart."""
+    deeper = 1 if word & DEEPER else 0
+    offset = ((shr64(word, WHERE) + 1) >> 1) - deeper
+    free(block, offset, deeper + ((popcount64(word & BITMAP) + 1) >> 1))
 
 
 @kernel
@@ -147,27 +140,24 @@ def _free_deep(block, offset):  # type: ignore[no-untyped-def]
 @kernel
 def uniform(block, slot, cell):  # type: ignore[no-untyped-def]
     """Let a whole slot lead to `cell` (0: no route but the default)."""
-    at = SLOTS + 2 * slot
-    bitmap, second = get(block, at), get(block, at + 1)
-    if bitmap == 0 and second == 8 * cell:
+    word, turned = get(block, SLOTS + slot), shl64(2 * cell, WHERE)
+    if word == turned:
         return
     left = load64(block + SCRATCH) + _LEFT
-    for i in range(64):
-        store32(left + 4 * i, _old_deep(block, slot, i) if second & DEEPER else 0)
-    fit(block, 2)
-    if bitmap != 0:
-        put(block, at, 0)
-    put(block, at + 1, 8 * cell)
-    if bitmap != 0:
-        _free_slot(block, bitmap, second)
-        for i in range(64):
+    for i in range(1 << MIDDLE_BITS):
+        store32(left + 4 * i, _old_deep(block, slot, i) if word & DEEPER else 0)
+    fit(block, 1)
+    put(block, SLOTS + slot, turned)
+    if word & BITMAP:
+        _free_slot(block, word)
+        for i in range(1 << MIDDLE_BITS):
             if load32(left + 4 * i):
                 _free_deep(block, load32(left + 4 * i))
 
 
 @kernel
 def build(block, slot, node, value, first, last):  # type: ignore[no-untyped-def]
-    """Make the slot say what is below `node` (at depth 18); `value` holds where no route below does.
+    """Make the slot say what is below `node` (at depth 19); `value` holds where no route below does.
 
     Only the /24s `first` to `last` have changed below /24. Returns 0 if out of room: the slot is as it was, or
     partly new in the deep blocks changed in place.
@@ -194,12 +184,12 @@ def build(block, slot, node, value, first, last):  # type: ignore[no-untyped-def
         marks |= shl64(1, i)
         store64(pairs + 8 * i, deep << 32 | 1)
     count = _shape(block, pairs, MIDDLE_BITS, leaves, bitmap)
-    at, begins, deeper = SLOTS + 2 * slot, load64(bitmap), DEEPER if marks != 0 else 0
-    size = deeper + ((count + 1) >> 1)
-    old_begins, old_second = get(block, at), get(block, at + 1)
-    offset = (old_second - deeper + 4) >> 3
-    fit(block, size + 2)
-    if old_begins == begins and old_second & DEEPER == deeper and (not deeper or get(block, offset - 1) == marks):
+    begins, deeper = load64(bitmap), 1 if marks != 0 else 0
+    size, word = deeper + ((count + 1) >> 1), get(block, SLOTS + slot)
+    offset = (shr64(word, WHERE) + 1) >> 1
+    fit(block, size + 1)
+    same = word & (DEEPER | BITMAP) == (shl64(deeper, 32) | begins)
+    if same and (not deeper or get(block, offset - 1) == marks):
         _put_leaves(block, offset, leaves, count)
     else:
         offset = allocate(block, size)
@@ -209,10 +199,9 @@ def build(block, slot, node, value, first, last):  # type: ignore[no-untyped-def
             put(block, offset, marks)
         for i in range((count + 1) >> 1):
             put(block, offset + deeper + i, load64(leaves + 8 * i))
-        put(block, at, begins)
-        put(block, at + 1, 8 * (offset + deeper) - 4 + deeper)
-        if old_begins != 0:
-            _free_slot(block, old_begins, old_second)
+        put(block, SLOTS + slot, shl64(2 * (offset + deeper) - 1, WHERE) | shl64(deeper, 32) | begins)
+        if word & BITMAP:
+            _free_slot(block, word)
     for i in range(1 << MIDDLE_BITS):
         if load32(left + 4 * i):
             _free_deep(block, load32(left + 4 * i))

@@ -1,6 +1,6 @@
 """Changes to `libfp.tables.lpm4`: routes set, removed and loaded. Compiled, control plane only.
 
-A route of length 18 or less that some slot leads to by itself has a cell: a word that holds its value, so that another
+A route of length 19 or less that some slot leads to by itself has a cell: a word that holds its value, so that another
 next hop for it is one word, however many slots it covers. Each slot turned is a step of its own.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from libfp.jit import entry, kernel, load64, shr64, store64
 from libfp.tables import rib
-from libfp.tables.lpm4_slot import DEFAULT, SCRATCH, SLOT_BITS, STACK, build, uniform
+from libfp.tables.lpm4_slot import DEFAULT, MIDDLE_BITS, SCRATCH, SLOT_BITS, STACK, build, uniform
 from libfp.tables.rib import CAPACITY, CHANGED, FULL, MISSING, NO_ROOM, STOPPED, UNCHANGED
 from libfp.tables.words import LOG_ROOM, LOGGED, allocate, fit, free, put, seal
 
@@ -71,7 +71,7 @@ def _make_cell(block, node, value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _make_slot(block, address, length):  # type: ignore[no-untyped-def]
-    """Bring the slot up to date in which the route `address`/`length` (longer than the slot's 18) has changed."""
+    """Bring the slot up to date in which the route `address`/`length` (longer than the slot's 19) has changed."""
     node, cell, value = rib.ROOT, 0, 0
     for depth in range(SLOT_BITS):
         node = rib.child(block, node, rib.bit(address << 32, 0, depth))
@@ -83,7 +83,7 @@ def _make_slot(block, address, length):  # type: ignore[no-untyped-def]
     if node == 0 or rib.is_leaf(block, node):
         uniform(block, slot, cell)
         return 1
-    first = (address >> 8) & 63
+    first = (address >> 8) & ((1 << MIDDLE_BITS) - 1)
     return build(block, slot, node, value, first, first + (1 << max(24 - length, 0)) - 1)
 
 

@@ -1,19 +1,19 @@
-"""Longest prefix match for IPv6: six bits a step, each a bitmap and, mostly in the same cache line, one entry.
+"""Longest prefix match for IPv6: five bits a step, one load each.
 
-    roots (2**24 of them, 4 bytes)    one for each /24: a value, or where the block for it is
-      block                           a bitmap of 64 bits, then entries (4 bytes each), one for each run of the 64
-        block ...                     prefixes below that lead to the same place; a set bit begins a run
+    roots (2**23 words)     one for each /23: a value, or a bitmap of 32 bits and where its block is
+      block                 words of the same kind, one for each run of the 32 prefixes below that lead to the same
+        block ...           place; a set bit begins a run
 
-The entry for the i-th prefix of a block is number ``popcount(bitmap & (2 << i) - 1)``. Addresses for which no route
+The word for the i-th prefix of a block is number ``popcount(bitmap & (2 << i) - 1)``. Addresses for which no route
 but the default holds find 0, and the default route's value is one word for them all; so an empty table is all zeros.
-The routes of the Internet end after one to four blocks (/30, /36, /42, /48).
+The routes of the Internet end after one to five blocks (/28, /33, /38, /43, /48).
 
 How many steps a key takes cannot be foretold, so a branch on it would be wrong every other time: `lookup_burst` takes
-eight keys through all four steps at once, and those that have arrived go along. What is longer than /48 goes on alone.
+eight keys through all five at once, and those that have arrived go along. What is longer than /48 goes on alone.
 
-The runs and their counting are Poptrie's leaf vector (Asai and Ohara, "Poptrie", SIGCOMM 2015); a block pointer is an
-entry like others in place of its internal nodes. 160,000 routes of the Internet take 2 MB of blocks, and of the
-roots, 64 MB of address space, 610 cache lines in 8 MB (2000::/3).
+The runs and their counting are Poptrie's leaf vector (Asai and Ohara, "Poptrie", SIGCOMM 2015); words that lead on
+stand among the values, in place of its internal nodes. 160,000 routes of the Internet take 2.4 MB of blocks, and of
+the roots, 64 MB of address space, 610 cache lines in 8 MB (2000::/3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from libfp.errors import BadInput
 from libfp.jit import (
     BOUNDSCHECK,
     ctz64,
-    load32,
     load64,
     load64be,
     native,
@@ -42,12 +41,11 @@ from libfp.jit import (
 from libfp.tables import lpm6_update
 from libfp.tables.lanes import LANES
 from libfp.tables.lpm import Lpm
-from libfp.tables.lpm6_block import BLOCKS, CHILD, OFFSET, ROOT_BITS, SCRATCH, SCRATCH_BYTES, STEP, six
-from libfp.tables.lpm6_vector import REACH, lookup8
+from libfp.tables.lpm6_block import BLOCKS, ROOT_BITS, SCRATCH, SCRATCH_BYTES, STEP, WHERE, five
+from libfp.tables.lpm6_vector import lookup8
 from libfp.tables.words import Words
 
 _ROOTS = 64  # byte offset of the roots
-_ROOT_SHIFT = 64 - ROOT_BITS
 
 
 @native
@@ -58,19 +56,13 @@ class Lpm6View:
 
     def lookup(self, high, low):  # type: ignore[no-untyped-def]
         """The value of the longest prefix that holds an address (two words in host order), 0 if there is none."""
-        base = load64(self.cell)
-        entry = load32(base + _ROOTS + 4 * shr64(high, _ROOT_SHIFT))
-        return self._finish(base, entry, ROOT_BITS, high, low)
-
-    def _finish(self, base, entry, depth, high, low):  # type: ignore[no-untyped-def]
-        """The value that `entry` leads to, whose block begins at `depth`."""
-        while entry >> 30 == 2:
-            at = base + 8 * (entry & OFFSET)
-            entry = load32(at + 4 + 4 * popcount64(shl64(load64(at), ~six(high, low, depth))))
+        base, depth = load64(self.cell), ROOT_BITS
+        word = load64(base + _ROOTS + 8 * shr64(high, 64 - ROOT_BITS))
+        while shr64(word, 32) != 0:
+            place = five(high, low, depth)
+            word = load64(base + 8 * (shr64(word, WHERE) + popcount64(shl64(word, ~place | 32))))
             depth += STEP
-        if entry >= CHILD:
-            return load32(base + 8 * (entry & OFFSET))
-        return entry if entry else load32(base)
+        return word if word else load64(base)
 
     def lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
         """`lookup` of `count` addresses at `keys`, 16 bytes each as on the wire; the values (u32) go to `results`."""
@@ -81,8 +73,7 @@ class Lpm6View:
             while unlikely(more != 0):
                 one = i + ctz64(more)
                 more = without_lowest64(more)
-                high, low = load64be(keys + 16 * one), load64be(keys + 16 * one + 8)
-                store32(results + 4 * one, self._finish(base, load32(results + 4 * one), REACH, high, low))
+                store32(results + 4 * one, self.lookup(load64be(keys + 16 * one), load64be(keys + 16 * one + 8)))
         for i in range(whole, count):
             store32(results + 4 * i, self.lookup(load64be(keys + 16 * i), load64be(keys + 16 * i + 8)))
 
@@ -94,7 +85,7 @@ class Lpm6(Lpm):
     routes; memory is reserved for that many (about 2.5 KB each at worst) and populated by use (some 30 bytes each for
     the Internet's). In arrays (`load`, `apply`, `routes`) an address is a row of two u64 in host order: high, low.
 
-    A change takes microseconds, but for prefixes shorter than /24: one that covers n /24s takes up to n steps
+    A change takes microseconds, but for prefixes shorter than /23: one that covers n /23s takes up to n steps
     (2000::/3: milliseconds). Looking
     up from Python is for the control plane; compiled code uses `view`. Raises TableFull beyond `capacity`, BadInput
     for what is no prefix, KeyError as a dict does.
@@ -108,9 +99,8 @@ class Lpm6(Lpm):
         super().__init__(capacity)
 
     def _make(self) -> Words:
-        # At worst a route is alone and a /128: 19 blocks of a bitmap and 3 entries, and a word for its value.
-        # The rest is for what waits to be reused.
-        return self._with_rib(Words(BLOCKS + 64 * self.capacity + 65536, BLOCKS), SCRATCH, SCRATCH_BYTES)
+        # At worst a route is alone and a /128: 21 blocks of 3 words. The rest is for what waits to be reused.
+        return self._with_rib(Words(BLOCKS + 72 * self.capacity + 65536, BLOCKS), SCRATCH, SCRATCH_BYTES)
 
     def view_for(self, cell: int) -> Lpm6View:
         return Lpm6View(cell)
