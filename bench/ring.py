@@ -36,7 +36,7 @@ SOURCE = 1024  # elements that a round is made of, 8 KiB
 BURSTS = (1, 8, 32, 128)
 PRODUCER_CORE, CONSUMER_CORE = 1, 0
 #: Elements a round, by kind and burst: 50 ms and more for whichever side is faster.
-TOTAL = {"spsc": (1 << 24, 1 << 25, 1 << 26, 1 << 26), "mpmc": (1 << 22, 1 << 23, 1 << 25, 1 << 26)}
+TOTAL = {"spsc": (1 << 25, 1 << 26, 1 << 26, 1 << 26), "mpmc": (1 << 22, 1 << 24, 1 << 25, 1 << 26)}
 
 
 @kernel
