@@ -60,7 +60,7 @@ def packet(to: str, ttl: int, size: int) -> Any:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str, str]:
     (tmp_path / "routes.txt").write_text(ROUTES)
-    packets = [packet(*row[:3]) for row in SENT] * TIMES
+    packets = [packet(*row[:3]) for _ in range(TIMES) for row in SENT]
     for number, one in enumerate(packets):
         one.time = 1000 + number
     wrpcap(str(tmp_path / "in.pcap"), packets)
