@@ -171,10 +171,6 @@ class Publisher:
         found = (self._by_index[index].key for index in self._next_hops.used() if index in self._by_index)
         return [key for key in found if isinstance(key, Via)]
 
-    def via(self, index: int) -> Via | None:
-        """Which neighbour the next hop of that index is."""
-        return self._by_index.get(index)
-
     def suspend(self, suspended: bool) -> None:
         """Leave every packet to Linux, or stop doing so."""
         self.suspended = suspended
