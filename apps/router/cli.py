@@ -27,7 +27,7 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 @click.command()
-@click.argument("interfaces", nargs=-1, required=True, metavar="IF...")
+@click.argument("interfaces", nargs=-1, metavar="[IF]...")
 @click.option("--cores", callback=_cores, metavar="LIST", help="Cores for workers, one each: 2 or 2,3 or 2-5. [one]")
 @click.option(
     "--kick",
@@ -53,6 +53,9 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--bypass", is_flag=True, help="Forward although Linux would decide otherwise (filters, policy rules).")
 @click.option("--name", metavar="NAME", help="What `fp stats` calls this instance.  [router-PID]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: one when ready, one at the end.")
+@click.option("--pcap", metavar="FILE", help="Instead of interfaces: forward what this capture holds.")
+@click.option("--routes", metavar="FILE", help="With --pcap: the routes, one a line, as `ip route` writes them.")
+@click.option("--out", metavar="FILE", help="With --pcap: write what leaves, as pcap, or pcapng by that name.")
 def router(
     interfaces: tuple[str, ...],
     cores: list[int] | None,
@@ -64,13 +67,27 @@ def router(
     bypass: bool,
     name: str | None,
     as_json: bool,
+    pcap: str | None,
+    routes: str | None,
+    out: str | None,
 ) -> None:
     """Route IPv4 between the interfaces IF..., with Linux's routes and neighbours.
 
     Linux keeps its say: addresses, routes, neighbours and forwarding settings are followed as they change, and what
     the fast path cannot finish (ICMP errors, fragments, options, unresolved neighbours) is handed to it. Ctrl-C and
     SIGTERM leave the traffic to Linux.
+
+    With --pcap it needs neither root nor Linux's tables: the same pipeline forwards a capture by the routes in a file.
     """
+    if pcap is not None or routes is not None or out is not None:
+        if pcap is None or routes is None or interfaces:
+            raise BadInput("--pcap, --routes and --out go together, without interfaces", "give --pcap and --routes")
+        from libfp.apps.router import offline
+
+        offline.run(pcap, routes, out, as_json)
+        return
+    if not interfaces:
+        raise BadInput("no interface named", "name the interfaces to route between, or a --pcap")
     if len(set(interfaces)) != len(interfaces):
         raise BadInput(f"an interface is named twice in {' '.join(interfaces)}", "name each once")
     say = _Said(as_json)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -190,7 +191,8 @@ def instances() -> dict[str, tuple[int, str]]:
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 path = f"/proc/{pid}/fd/{fd}"
                 target = os.readlink(path)
-                if target.startswith(f"/memfd:{_PREFIX}"):
+                # whoever only reads it, as `fp stats` does, is not the instance
+                if target.startswith(f"/memfd:{_PREFIX}") and os.lstat(path).st_mode & stat.S_IWUSR:
                     found[target.removeprefix(f"/memfd:{_PREFIX}").removesuffix(" (deleted)")] = (int(pid), path)
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue
@@ -203,7 +205,10 @@ def attach(name: str | None = None) -> StatsReader:
     if name is None and len(running) == 1:
         name = next(iter(running))
     if name in running:
-        return StatsReader(name, *running[name])
+        try:
+            return StatsReader(name, *running[name])
+        except FileNotFoundError:
+            raise NoSuchInstance(f"instance {name!r} has just ended", "start it again") from None
     there = ", ".join(sorted(running)) or "none"
     if name is None:
         what = "no libfp instance is running" if not running else f"several instances are running: {there}"

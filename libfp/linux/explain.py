@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from libfp.engine.dissect import dissect
+from libfp.linux.decide import Via
 from libfp.stages.routes import Multipath
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def explain(routes: Routes, mirror: Mirror, next_hop: int, packet: bytes) -> str
     if next_hop and next_hop not in paths and next_hop != index:
         return f"next hop {next_hop}; by now {prefix} leads to another"
     chosen = next_hop if next_hop in paths else paths[0] if len(paths) == 1 else index
-    via = mirror.fib.publisher.via(chosen)
-    if via is None:
+    via = mirror.fib.publisher.said(chosen)
+    if not isinstance(via, Via):
         return f"{prefix} {getattr(actions.get(chosen), 'reason', '')}".strip()
     state = mirror.state
     link = state.links.get(via.link)

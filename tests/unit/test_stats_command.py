@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from libfp.engine.stats import StatsPage, attach
+from libfp.engine.stats import StatsPage, attach, instances
 
 NAME = f"test-{os.getpid()}"
 DESCRIPTION = {
@@ -93,6 +93,22 @@ def test_a_reader_sees_the_end_of_the_process():
         child.wait()
         assert not reader.alive
         reader.counters()  # the memory outlives the process as long as somebody looks
+        reader.close()
+
+
+def test_who_reads_a_page_is_not_its_instance(page):
+    readers = [attach(NAME) for _ in range(3)]
+    code = (
+        f"import sys; from libfp.engine.stats import attach; r = attach({NAME!r}); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert instances()[NAME][0] == os.getpid()
+        page.close()
+        page.page.close()
+        assert NAME not in instances(), "the name is free although its page is being read"
+        child.stdin.close()
+    for reader in readers:
         reader.close()
 
 
