@@ -50,10 +50,12 @@ class Socket:
 
     `umem` is made when none is given; sockets with the same `Umem` share it, and its mode. `steer` decides which
     packets come here: a filter or a `Steer` (attached now, detached by `close`), or an `Attachment` that others share;
-    without it nothing is received until somebody puts `fd` into an `Attachment`. `mode` is "auto" (zero-copy where the
-    driver can, with `reason` saying why it cannot), "zero-copy" or "copy". `fill` is for those who keep account of
-    frames themselves: the offsets for the fill ring. `kick="helper"` means that somebody else calls `kick` when
-    `wants_kick`; with "inline" sending does it.
+    without it nothing is received until somebody puts `fd` into an `Attachment`. A filter that names no family brings
+    IPv4 and IPv6; of IPv6 only the header's own next header is looked at, extension headers are not followed.
+
+    `mode` is "auto" (zero-copy where the driver can, with `reason` saying why it cannot), "zero-copy" or "copy". `fill`
+    is for those who keep account of frames themselves: the offsets for the fill ring. `kick="helper"` means that
+    somebody else calls `kick` when `wants_kick`; with "inline" sending does it.
 
     The rings `rx`, `tx`, `fill` and `completion` hold their addresses for compiled code. One thread at a time; only
     `stop` and `kick` may be called from another.

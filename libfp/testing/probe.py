@@ -1,4 +1,7 @@
-"""Looking at single packets: frames put on a wire and taken off it, ICMP errors, and arrivals by the clock."""
+"""Looking at single packets: frames put on a wire and taken off it, ICMP errors, and arrivals by the clock.
+
+Addresses are of IPv4 or of IPv6, and the sockets of their family.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, DONT, PROBE = 10, 23, 0, 3
 SO_RCVBUFFORCE, SO_TIMESTAMPNS = 33, 35
 UDP = 17
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 class Wire:
@@ -58,7 +65,8 @@ class Wire:
 
 @dataclass(frozen=True)
 class IcmpError:
-    """An ICMP error: its type and code, who sent it, and the MTU of "fragmentation needed" or "too big", else 0."""
+    """An ICMP or ICMPv6 error: its type and code, who sent it, and the MTU that a "fragmentation needed" or "packet too
+    big" tells, else 0."""
 
     kind: int
     code: int
@@ -71,56 +79,47 @@ def udp_probe(
 ) -> IcmpError | None:
     """Send one UDP datagram of `size` payload bytes to a port that nobody listens on, and return the ICMP error.
 
-    The program traceroute does this with TTLs from 1 on. None when nothing comes within `timeout` seconds.
+    The program traceroute does this with TTLs from 1 on. None when nothing comes within `timeout` seconds. To an IPv6
+    address the TTL is the hop limit, and `dont_fragment` means that what is larger than the path's known MTU is sent.
+    Linux sends each host one ICMPv6 error a second, unless net.ipv6.icmp.ratelimit is 0.
     """
-    if ":" in address:
-        return _udp_probe6(host, address, ttl, size, timeout)
+    family = _family(address)
+    six = family == socket.AF_INET6
     with (
-        host.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as errors,
-        host.socket() as sender,
+        host.socket(family, socket.SOCK_RAW, socket.IPPROTO_ICMPV6 if six else socket.IPPROTO_ICMP) as errors,
+        host.socket(family) as sender,
     ):
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
-        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PROBE if dont_fragment else DONT)
+        if six:
+            sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
+            sender.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PROBE if dont_fragment else DONT)
+        else:
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+            sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PROBE if dont_fragment else DONT)
         sender.bind(("", 0))
         ports = struct.pack("!HH", sender.getsockname()[1], 33434)
         sender.sendto(bytes(size), (address, 33434))
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0 and select.select([errors], [], [], left)[0]:
-            packet, (source, _) = errors.recvfrom(65535)
-            icmp = packet[(packet[0] & 15) * 4 :]
-            inner = icmp[8:]
-            if len(inner) < 28 or inner[9] != UDP or inner[(inner[0] & 15) * 4 :][:4] != ports:
-                continue
+            packet, (source, *_) = errors.recvfrom(65535)
+            icmp = packet if six else packet[(packet[0] & 15) * 4 :]  # an IPv6 raw socket gives no header
             kind, code, mtu = struct.unpack_from("!BB4xH", icmp)
-            return IcmpError(kind, code, source, mtu if (kind, code) == (3, 4) else 0)
+            if _is_about(icmp[8:], ports, six):
+                return IcmpError(kind, code, source, mtu if (kind, code) == ((2, 0) if six else (3, 4)) else 0)
     return None
 
 
-def _udp_probe6(host: Host, address: str, hops: int, size: int, timeout: float) -> IcmpError | None:
-    with (
-        host.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as errors,
-        host.socket(socket.AF_INET6) as sender,
-    ):
-        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, hops)
-        sender.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PROBE)
-        sender.bind(("", 0))
-        ports = struct.pack("!HH", sender.getsockname()[1], 33434)
-        sender.sendto(bytes(size), (address, 33434))
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0 and select.select([errors], [], [], left)[0]:
-            icmp, (source, *_) = errors.recvfrom(65535)
-            if len(icmp) < 56 or icmp[0] >= 128 or icmp[8 + 6] != UDP or icmp[48:52] != ports:
-                continue
-            kind, code, mtu = struct.unpack_from("!BBxxI", icmp)
-            return IcmpError(kind, code, source, mtu if kind == 2 else 0)
-    return None
+def _is_about(packet: bytes, ports: bytes, six: bool) -> bool:
+    """Whether the packet in an ICMP error is the UDP datagram with these ports."""
+    if len(packet) < (48 if six else 28) or packet[6 if six else 9] != UDP:
+        return False
+    return packet[40 if six else (packet[0] & 15) * 4 :][:4] == ports
 
 
 class Arrivals:
     """Numbered datagrams to a UDP port, each with the time at which the kernel took it in; the kernel keeps them."""
 
     def __init__(self, host: Host, address: str = "0.0.0.0", port: int = 5003) -> None:
-        self._socket = host.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._socket = host.socket(_family(address))
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self._socket.bind((address, port))
@@ -157,8 +156,7 @@ class Trickle:
 
     def __init__(self, host: Host, address: str, port: int = 5003, rate: float = 1000.0) -> None:
         self.sent = self.errors = 0
-        self._socket = host.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        self._to, self._pause = (address, port), 1 / rate
+        self._socket, self._to, self._pause = host.socket(_family(address)), (address, port), 1 / rate
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trickle", daemon=True)
 

@@ -189,11 +189,13 @@ def set_legacy_policy(table: str, hook: int, verdict: int) -> None:
     """Replace the policy of a legacy iptables chain, as iptables(8) does: read the table, change it, write it."""
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         name = table.encode().ljust(32, b"\0")
-        info = netfilter._getsockopt(sock, netfilter.IPT_SO_GET_INFO, name.ljust(84, b"\0"))
+        info = netfilter._getsockopt(sock, socket.SOL_IP, netfilter.IPT_SO_GET_INFO, name.ljust(84, b"\0"))
         _, hooks, *rest = struct.unpack("=32sI5I5III", info)
         begins, policies, count, size = rest[:5], rest[5:10], rest[10], rest[11]
         request = struct.pack("=32sI4x", name, size)
-        entries = bytearray(netfilter._getsockopt(sock, netfilter.IPT_SO_GET_ENTRIES, request + bytes(size))[40:])
+        entries = bytearray(
+            netfilter._getsockopt(sock, socket.SOL_IP, netfilter.IPT_SO_GET_ENTRIES, request + bytes(size))[40:]
+        )
         struct.pack_into("=i", entries, policies[hook] + 112 + 32, verdict)
         counters = ctypes.create_string_buffer(16 * count)
         replace = struct.pack("=32sIII5I5II", name, hooks, count, size, *begins, *policies, count)
@@ -204,7 +206,9 @@ def set_legacy_policy(table: str, hook: int, verdict: int) -> None:
 def test_legacy_iptables(router: Host) -> None:
     def table_of_ours() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
-            netfilter._getsockopt(sock, netfilter.IPT_SO_GET_INFO, b"filter".ljust(84, b"\0"))  # makes it
+            netfilter._getsockopt(
+                sock, socket.SOL_IP, netfilter.IPT_SO_GET_INFO, b"filter".ljust(84, b"\0")
+            )  # makes it
 
     try:
         router.call(table_of_ours)

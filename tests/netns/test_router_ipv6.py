@@ -80,7 +80,11 @@ def test_a_packet_too_big_for_the_next_link(net: Crossroads, router: RouterProce
     for host, end in ((net.router, "r2"), (net.other, "o0")):
         host.set_mtu(end, 1280)
     try:
-        wait_until(lambda: udp_probe(net.client, OTHER, size=1300) == IcmpError(2, 0, "2001:db8:1::1", 1280))
+        wait_until(
+            lambda: (
+                udp_probe(net.client, OTHER, size=1300, dont_fragment=True) == IcmpError(2, 0, "2001:db8:1::1", 1280)
+            )
+        )
         assert udp_probe(net.client, OTHER, size=1280 - 48) == IcmpError(1, 4, OTHER)
         assert tcp_transfer(net.client, net.other, OTHER, MEGABYTE).intact
     finally:

@@ -18,6 +18,7 @@ from libfp.errors import AlreadyRunning, BadInput, InterfaceBusy, TableFull, Uns
 from libfp.pyxdp import LocalAddresses, Socket, Steer, bpf, emit, look
 from libfp.testing.netns import Lab, wait_until
 from libfp.testing.packets import ethernet, icmp_echo, ipv4, tcp, udp
+from libfp.testing.probe import IcmpError, udp_probe
 
 MODES = ["native", "skb"]
 TAKEN, LINUX = "xdp", "linux"
@@ -302,6 +303,9 @@ def test_the_addresses_of_this_host_at_the_time_of_attach(mode):
             ):
                 assert port.way(to6(port, dst=dst), sock, known(port)) == way, dst
             assert port.way(to(port, dst="10.0.1.1"), sock, known(port)) == LINUX
+            # Neighbour discovery in both directions, and what Linux itself answers:
+            port.wire.address("w0", "2001:db8:2::9/64", flags=0x02)
+            assert udp_probe(port.wire, "2001:db8:2::1") == IcmpError(1, 4, "2001:db8:2::1")
 
 
 def test_a_canary_takes_its_prefixes_only(port, mode):
