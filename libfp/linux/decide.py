@@ -45,7 +45,13 @@ class Direct(NamedTuple):
     mtu: int = 0
 
 
-Target = Via | Direct | Punt | Drop
+class Paths(NamedTuple):
+    """Flows are spread over several: (path, weight) each."""
+
+    paths: tuple[tuple[Via | Punt, int], ...]
+
+
+Target = Via | Direct | Paths | Punt | Drop
 
 
 def target(
@@ -54,12 +60,13 @@ def target(
     """What happens to packets whose longest match is a prefix with these routes; None when Linux looks at shorter ones.
 
     `bits` is the family's, `covered` whether a prefix of the local table covers this one, `ports` maps link indexes to
-    port numbers. The same for all prefixes, but that `Direct` on one of full length is a `Via`: see `on_link`. Of a
-    multipath route the first usable hop is taken, which is one that Linux may take too.
+    port numbers. The same for all prefixes, but that `Direct` on one of full length is a `Via`: see `on_link`.
     """
     for number, route in enumerate(routes):
         if route.tos:
             return VIA_LINUX  # Linux chooses by a header field that is not looked at here
+        if route.nhid and not route.hops and route.type == rt.UNICAST:
+            return VIA_LINUX  # net.ipv4.nexthop_compat_mode is 0: the kernel does not say where it leads
         if route.type not in _WITHOUT_HOP and not any(_hop_holds(hop, state, bits) for hop in route.hops):
             continue
         if route.table != rt.TABLE_LOCAL and covered:
@@ -80,7 +87,19 @@ def is_covered(prefix: rt.Prefix, state: State) -> bool:
 
 
 def _unicast(route: rt.Route, state: State, ports: Mapping[int, int], bits: int) -> Target:
-    hop = next(hop for hop in route.hops if _hop_holds(hop, state, bits))
+    usable = [hop for hop in route.hops if _hop_holds(hop, state, bits)]
+    if len(usable) == 1:
+        return _through(usable[0], route, state, ports, bits)
+    paths: dict[Via | Punt, int] = {}
+    for hop in usable:
+        path = _through(hop, route, state, ports, bits)
+        # a path whose destinations are on the link itself would need a neighbour for each of them
+        key = VIA_LINUX if isinstance(path, Direct) else path
+        paths[key] = paths.get(key, 0) + hop.weight
+    return Paths(tuple(sorted(paths.items(), key=repr)))
+
+
+def _through(hop: rt.Hop, route: rt.Route, state: State, ports: Mapping[int, int], bits: int) -> Via | Direct | Punt:
     if hop.link not in ports or hop.encapsulated:
         return VIA_LINUX
     mtu = route.mtu

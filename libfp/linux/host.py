@@ -15,7 +15,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.explain import explain
 from libfp.linux.mirror import Mirror
 from libfp.linux.neighbours import SHORTEST, HitMarks, interval
-from libfp.linux.ports import HostPort, PortPolicy, policy
+from libfp.linux.ports import HostPort, PortPolicy, hash_fields, policy
 from libfp.linux.punt import PuntPath
 from libfp.linux.state import Changes, State
 from libfp.pyxdp import LocalAddresses, Steer
@@ -80,6 +80,7 @@ class Linux:
         self._capacity = capacity
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
+        self._hashing: dict[Literal[4, 6], int] = {}
         self._marked = 0.0
         self._local: dict[rt.Prefix, int] = {}  # of the local table, with their types
 
@@ -187,6 +188,7 @@ class Linux:
     # -- in the mirror's thread
 
     def _mark(self) -> None:
+        self._marks.resolve(self.mirror.fib.publisher.unresolved())
         if time.monotonic() >= self._marked + interval(self.names) - SHORTEST / 2:
             self._marked = time.monotonic()
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
@@ -260,6 +262,10 @@ class Linux:
                     )
                 if now.forwarding6 and not (before is not None and before.forwarding6) and not self.bypass:
                     self._look_for_conflicts()  # IPv6 policies count from now on
+        for version, fields in hash_fields().items():
+            if self._hashing.get(version) != fields:
+                self._hashing[version] = fields
+                self.routes.set_hashing(fields, version)
         self._pause()
 
     def _pause(self) -> None:

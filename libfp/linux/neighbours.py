@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from libfp.linux import rtnetlink as rt
 from libfp.linux.decide import Via
-from libfp.linux.netlink import Netlink, attribute
+from libfp.linux.netlink import NLM_F_CREATE, Netlink, attribute
 from libfp.linux.state import State
 
 SHORTEST, LONGEST = 0.5, 10.0  # seconds between two looks
@@ -49,10 +49,18 @@ class HitMarks:
         for link, address in wanted:
             known = state.neighbours.get((link, address))
             if known is not None and known.state & rt.NUD_STALE:
-                family = rt.AF_INET if len(address) == 4 else rt.AF_INET6
-                body = struct.pack("=B3xiHBB", family, link, 0, rt.NTF_USE, 0) + attribute(1, address)  # NDA_DST
-                self._netlink.send(rt.RTM_NEWNEIGH, 0, body)
-                self.sent += 1
+                self._use(link, address, 0)
+
+    def resolve(self, wanted: Iterable[Via]) -> None:
+        """Have Linux find out these neighbours' MAC addresses."""
+        for via in wanted:
+            self._use(via.link, via.gateway, NLM_F_CREATE)
+
+    def _use(self, link: int, address: bytes, flags: int) -> None:
+        family = rt.AF_INET if len(address) == 4 else rt.AF_INET6
+        body = struct.pack("=B3xiHBB", family, link, 0, rt.NTF_USE, 0) + attribute(1, address)  # NDA_DST
+        self._netlink.send(rt.RTM_NEWNEIGH, flags, body)
+        self.sent += 1
 
     def close(self) -> None:
         self._netlink.close()

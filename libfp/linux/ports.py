@@ -6,11 +6,14 @@ import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from libfp.linux.state import State
 from libfp.ports.xdp import XdpPort
 from libfp.pyxdp.steer import Family
+from libfp.stages.routes import FIELD_DPORT, FIELD_DST, FIELD_LABEL, FIELD_PROTOCOL, FIELD_SPORT, FIELD_SRC
+
+OUTER_FIELDS = FIELD_SRC | FIELD_DST | FIELD_PROTOCOL | FIELD_LABEL | FIELD_SPORT | FIELD_DPORT
 
 
 class HostPort(XdpPort):
@@ -90,3 +93,23 @@ def setting(what: str, *scopes: str) -> bool:
             if file.read().strip() != "0":
                 return True
     return False
+
+
+def hash_fields() -> dict[Literal[4, 6], int]:
+    """What makes a flow for multipath routes of each IP version: `fib_multipath_hash_policy` as FIELD_ flags.
+
+    Inner headers, which policy 2 and some custom fields ask for, are not looked at.
+    """
+    found: dict[Literal[4, 6], int] = {}
+    versions: tuple[Literal[4, 6], ...] = (4, 6)
+    for version in versions:
+        folder = f"/proc/sys/net/ipv{version}/fib_multipath_hash_"
+        with contextlib.suppress(OSError, ValueError), open(folder + "policy") as policy:
+            chosen = int(policy.read())
+            found[version] = FIELD_SRC | FIELD_DST | (FIELD_PROTOCOL | FIELD_LABEL if version == 6 else 0)
+            if chosen == 1:
+                found[version] = FIELD_SRC | FIELD_DST | FIELD_PROTOCOL | FIELD_SPORT | FIELD_DPORT
+            elif chosen == 3:
+                with open(folder + "fields") as fields:
+                    found[version] = int(fields.read(), 0) & OUTER_FIELDS
+    return found

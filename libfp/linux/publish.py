@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import TableFull
-from libfp.linux.decide import VIA_LINUX, Via
+from libfp.linux.decide import NO_NEIGHBOUR, VIA_LINUX, Paths, Via
 from libfp.linux.prefixes import PrefixMap, unique
 from libfp.linux.rtnetlink import Prefix
-from libfp.stages.routes import Action, Drop, Forward, Punt, Routes
+from libfp.stages.routes import Action, Drop, Forward, Multipath, Punt, Routes
 
-Key = Via | Punt | Drop  # what a next hop is known by: a neighbour, whose action changes, or an action itself
+Key = Via | Paths | Punt | Drop  # what a next hop is known by: a neighbour or several, or an action itself
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Entry:
     key: Key
     index: int
     users: int
-    action: Forward | Punt | Drop
+    action: Action
 
 
 class _Family:
@@ -79,6 +79,7 @@ class Publisher:
         self._hops: dict[Key, _Entry] = {}
         self._by_index: dict[int, _Entry] = {}
         self._by_link: dict[int, set[Via]] = {}
+        self._fresh: set[int] = set()  # groups to which nothing leads yet
         self._idle: set[int] = set()  # indexes to which nothing may lead any more once all is written
         self.families = {32: _Family(routes.fib, 32), 128: _Family(routes.fib6, 128)}
         self.suspended = False
@@ -100,6 +101,7 @@ class Publisher:
         family, index = self.families[prefix.bits], self.index(key)
         old = family.wanted.put(prefix, index)
         if old != index:
+            self._inherit(index, old)
             family.unwritten.append(np.array([prefix.row()], np.int64))
             self._count(index, 1)
             self._count(old, -1)
@@ -110,6 +112,9 @@ class Publisher:
         old = family.wanted.put_all(rows, indexes)
         differ = old != indexes
         if differ.any():
+            for index in self._fresh & set(indexes[differ].tolist()):
+                before = old[differ & (indexes == index) & (old != 0)]
+                self._inherit(index, int(before[0]) if len(before) else 0)
             family.unwritten.append(rows[differ])
             for counted, by in ((indexes, 1), (old, -1)):
                 counts = np.bincount(counted[differ])
@@ -128,7 +133,18 @@ class Publisher:
             self._idle.add(entry.index)
             if isinstance(key, Via):
                 self._by_link.setdefault(key.link, set()).add(key)
+            if isinstance(key, Paths):
+                self._fresh.add(entry.index)
+                for path, _ in key.paths:
+                    self._count(self._hops[path].index, 1)
         return entry.index
+
+    def _inherit(self, index: int, old: int) -> None:
+        """A group that takes the place of `old` leaves flows where they are, as far as it can."""
+        if index in self._fresh:
+            self._fresh.discard(index)
+            if old and not self.suspended:
+                self._next_hops.inherit(index, old)
 
     def _count(self, index: int, by: int) -> None:
         if index:
@@ -141,14 +157,17 @@ class Publisher:
         """Write what was set. On TableFull, what did not fit is written by a later flush, when there is room."""
         for family in self.families.values():
             family.flush()
-        idle, self._idle = self._idle, set()
-        for index in idle:
-            entry = self._by_index[index]
+        while self._idle:  # with a group its paths may become idle
+            entry = self._by_index[self._idle.pop()]
             if entry.users == 0:
                 self._remove(entry)
 
     def _remove(self, entry: _Entry) -> None:
         del self._hops[entry.key], self._by_index[entry.index]
+        self._fresh.discard(entry.index)
+        if isinstance(entry.key, Paths):
+            for path, _ in entry.key.paths:
+                self._count(self._hops[path].index, -1)
         if isinstance(entry.key, Via):
             self._by_link[entry.key.link].discard(entry.key)
         self._next_hops.remove(entry.index)
@@ -187,9 +206,16 @@ class Publisher:
             if held != due:
                 yield entry.key, held, due
 
-    def _action(self, key: Key) -> Forward | Punt | Drop:
+    def unresolved(self) -> list[Via]:
+        """Paths of groups without a neighbour. Linux would resolve the path that *it* takes for a packet we hand it."""
+        paths = {path for key in self._hops if isinstance(key, Paths) for path, _ in key.paths if isinstance(path, Via)}
+        return [path for path in paths if self._hops[path].action == NO_NEIGHBOUR]
+
+    def _action(self, key: Key) -> Action:
         if self.suspended:
             return VIA_LINUX
+        if isinstance(key, Paths):
+            return Multipath(tuple((self.index(path), weight) for path, weight in key.paths))
         return self._resolve(key) if isinstance(key, Via) else key
 
     def _write(self, entry: _Entry) -> None:

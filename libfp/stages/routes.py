@@ -215,6 +215,15 @@ class NextHops(Table):
         _write_buckets(self._words.block, _HOPS + HOP_SIZE // 8 * run, self._scratch.address)
         return ACTION_MULTIPATH, run, self._ports_of(group), 0
 
+    def inherit(self, index: int, old: int) -> None:
+        """A group that no packet has met yet is to take over from the next hop `old`: flows stay where they can."""
+        with self.lock:
+            group = self.actions[index]
+            before = self._buckets.get(old, np.full(BUCKETS, old, np.uint32))
+            if isinstance(group, Multipath):
+                self._buckets[index] = before
+                self._set(index, group)
+
     def _ports_of(self, group: Multipath) -> int:
         """The ports, below 64, that its paths leave by, a bit each: ways back for the reverse path filter."""
         actions = [self.actions[path] for path, _ in group.paths]
