@@ -96,7 +96,7 @@ def _unicast(route: rt.Route, state: State, ports: Mapping[int, int], bits: int)
         # a path whose destinations are on the link itself would need a neighbour for each of them
         key = VIA_LINUX if isinstance(path, Direct) else path
         paths[key] = paths.get(key, 0) + hop.weight
-    return Paths(tuple(sorted(paths.items(), key=repr)))
+    return Paths(tuple(sorted(paths.items(), key=repr))) if len(paths) > 1 else next(iter(paths))
 
 
 def _through(hop: rt.Hop, route: rt.Route, state: State, ports: Mapping[int, int], bits: int) -> Via | Direct | Punt:

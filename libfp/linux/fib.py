@@ -9,6 +9,7 @@ What is decided is decided once for each list of routes that prefixes have, of w
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,12 +17,12 @@ from contextlib import suppress
 import numpy as np
 
 from libfp.errors import TableFull
-from libfp.linux.decide import NO_NEIGHBOUR, Direct, Target, Via, action, is_covered, on_link, target
+from libfp.linux.decide import NO_NEIGHBOUR, Direct, Target, action, is_covered, on_link, target
 from libfp.linux.prefixes import PrefixMap, prefixes, unique
 from libfp.linux.publish import Key, Publisher
 from libfp.linux.rtnetlink import Prefix
 from libfp.linux.state import Changes, State
-from libfp.stages.routes import Forward, Punt, Routes
+from libfp.stages.routes import Routes
 
 CHUNK = 1 << 14  # prefixes written together
 Progress = Callable[[int, int], None]
@@ -34,11 +35,9 @@ class Fib:
     def __init__(self, routes: Routes, ports: Mapping[int, int]) -> None:
         self.ports = ports
         self.state = State()
-        self.publisher = Publisher(routes, self._resolve)
-        self._families = [_Family(self, bits) for bits in self.publisher.families]
-
-    def _resolve(self, via: Via) -> Forward | Punt:
-        return action(via, self.state, self.ports)
+        this = weakref.proxy(self)  # no cycle: the parts hold large maps, which go when this goes
+        self.publisher = Publisher(routes, lambda via: action(via, this.state, ports))
+        self._families = [_Family(this, bits) for bits in self.publisher.families]
 
     def update(self, state: State, changes: Changes, progress: Progress | None = None) -> None:
         """Act on `changes`, which led from the state last acted on to `state`.

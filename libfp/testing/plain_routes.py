@@ -6,27 +6,28 @@ route leads to it, are errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from libfp.errors import TableFull
-from libfp.stages.routes import Drop, Forward, Punt
-
-Action = Forward | Punt | Drop
+from libfp.stages.routes import Action, Multipath, Punt
 
 
 class PlainFib:
-    """(address, prefix length) to next-hop index."""
+    """(address, prefix length) to next-hop index, for addresses of 32 or 128 `bits`."""
 
-    def __init__(self, next_hops: PlainNextHops, capacity: int) -> None:
+    def __init__(self, next_hops: PlainNextHops, capacity: int, bits: int = 32) -> None:
         self.entries: dict[tuple[int, int], int] = {}
+        self.bits = bits
         self._next_hops, self._capacity = next_hops, capacity
 
-    def apply(self, addresses: Sequence[int], lengths: Sequence[int], values: Sequence[int]) -> None:
-        """Many changes in order; value 0 removes."""
-        for address, length, value in zip(addresses, lengths, values, strict=True):
-            assert address == address >> (32 - length) << (32 - length), "host bits"
+    def apply(self, addresses: Any, lengths: Any, values: Any) -> None:
+        """Many changes in order; value 0 removes. An IPv6 address is a row of its high and low half."""
+        for given, length, value in zip(addresses, lengths, values, strict=True):
+            address = int(given) if self.bits == 32 else int(given[0]) << 64 | int(given[1])
+            length, value = int(length), int(value)
+            assert address == address >> (self.bits - length) << (self.bits - length), "host bits"
             if value == 0:
                 self.entries.pop((address, length), None)
                 continue
@@ -37,14 +38,16 @@ class PlainFib:
 
     def routes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Addresses, lengths and values."""
-        rows = [(address, length, value) for (address, length), value in self.entries.items()]
-        columns = np.array(rows, np.int64).reshape(-1, 3)
-        return columns[:, 0], columns[:, 1], columns[:, 2]
+        rest = np.array([(length, value) for (_, length), value in self.entries.items()], np.int64).reshape(-1, 2)
+        if self.bits == 32:
+            return np.array([address for address, _ in self.entries], np.int64), rest[:, 0], rest[:, 1]
+        halves = [(address >> 64, address & (1 << 64) - 1) for address, _ in self.entries]
+        return np.array(halves, np.uint64).reshape(-1, 2), rest[:, 0], rest[:, 1]
 
     def lookup(self, address: int) -> int:
         """The value of the longest prefix that covers the address, 0 where there is none."""
-        for length in range(32, -1, -1):
-            value = self.entries.get((address >> (32 - length) << (32 - length), length))
+        for length in range(self.bits, -1, -1):
+            value = self.entries.get((address >> (self.bits - length) << (self.bits - length), length))
             if value is not None:
                 return value
         return 0
@@ -57,7 +60,7 @@ class PlainNextHops:
         self.actions: dict[int, Action] = {}
         self._used: set[int] = set()
         self._next = 1
-        self._fib: PlainFib | None = None
+        self._fibs: list[PlainFib] = []
 
     def add(self, action: Action) -> int:
         index, self._next = self._next, self._next + 1
@@ -72,8 +75,14 @@ class PlainNextHops:
         return self.actions[index]
 
     def remove(self, index: int) -> None:
-        assert self._fib is None or index not in self._fib.entries.values(), "a route still leads to this next hop"
+        assert all(index not in fib.entries.values() for fib in self._fibs), "a route still leads to this next hop"
+        groups = [action for action in self.actions.values() if isinstance(action, Multipath)]
+        assert all(index != path for group in groups for path, _ in group.paths), "a group still uses this next hop"
         del self.actions[index]
+
+    def inherit(self, index: int, old: int) -> None:
+        assert isinstance(self.actions[index], Multipath)
+        assert old in self.actions, "what it takes over from has gone"
 
     def touch(self, index: int) -> None:
         self._used.add(index)
@@ -84,13 +93,14 @@ class PlainNextHops:
 
 
 class PlainRoutes:
-    """`fib` and `next_hops`, and what a packet to an address would meet."""
+    """`fib`, `fib6` and `next_hops`, and what a packet to an address would meet."""
 
     def __init__(self, capacity: int = 1 << 20) -> None:
         self.next_hops = PlainNextHops()
-        self.fib = self.next_hops._fib = PlainFib(self.next_hops, capacity)
+        self.fib, self.fib6 = PlainFib(self.next_hops, capacity), PlainFib(self.next_hops, capacity, 128)
+        self.next_hops._fibs = [self.fib, self.fib6]
 
     def action(self, address: int) -> Action:
-        """The action for a destination address (host order)."""
+        """The action for a IPv4 destination address (host order)."""
         index = self.fib.lookup(address)
         return self.next_hops[index] if index else Punt("no-route")

@@ -111,6 +111,20 @@ def test_routes_are_followed(net: Crossroads, router: RouterProcess) -> None:
             net.router.unroute("2001:db8:77::/48", type="blackhole")
 
 
+def test_ipv4_over_an_ipv6_next_hop(net: Crossroads, router: RouterProcess) -> None:
+    """RFC 8950: the neighbour's MAC address is that of an IPv6 address."""
+    net.server.address("s0", "10.8.0.8/32")
+    gateway = {"family": socket.AF_INET6, "addr": SERVER}
+    net.router.netlink("route", "add", dst="10.8.0.0/16", via=gateway, oif=net.router.index("r1"))
+    try:
+        wait_until(lambda: net.client.ping("10.8.0.8", count=1, timeout=0.2).received)
+        before = settled(router)
+        assert net.client.ping("10.8.0.8", count=10, interval=0.001).received == 10
+        assert settled(router) == (before[0] + 20, before[1])
+    finally:
+        net.router.unroute("10.8.0.0/16")
+
+
 def test_the_first_packet_of_a_flow_waits_for_its_neighbour(net: Crossroads, router: RouterProcess) -> None:
     net.server.address("s0", "2001:db8:2::99/64")
     with Arrivals(net.server, "::", 5004) as arrivals, net.client.socket(socket.AF_INET6) as sock:

@@ -16,7 +16,7 @@ from libfp.linux.fib import Fib
 from libfp.linux.netlink import NLM_F_APPEND
 from libfp.linux.rtnetlink import Hop, Link, Neighbour, Prefix, Route
 from libfp.linux.state import Changes, State
-from libfp.stages.routes import Drop, Forward, Punt
+from libfp.stages.routes import Drop, Forward, Multipath, Punt
 from libfp.testing.plain_routes import Action, PlainRoutes
 
 PORTS = {2: 0, 3: 1}  # link 4 is no port
@@ -195,7 +195,12 @@ prefixes = st.builds(
     addresses,
     st.sampled_from((0, 8, 16, 22, 24, 25, 30, 32)),
 )
-hops = st.builds(Hop, st.sampled_from((2, 3, 4, 5)), st.one_of(st.just(b""), addresses.map(packed)))
+hops = st.builds(
+    Hop,
+    st.sampled_from((2, 3, 4, 5)),
+    st.one_of(st.just(b""), addresses.map(packed)),
+    weight=st.integers(1, 256),
+)
 routes = st.builds(
     Route,
     table=st.sampled_from((254, 254, 255)),
@@ -277,8 +282,14 @@ def test_tables_depend_on_the_state_alone(batches: list[list[Step]]) -> None:
     fresh = Fib(fresh_routes, PORTS)  # type: ignore[arg-type]
     fresh.update(net.state, net.state.differences(State()))
 
-    def contents(routes: PlainRoutes) -> dict[tuple[int, int], Action]:
-        return {key: routes.next_hops[index] for key, index in routes.fib.entries.items()}
+    def contents(routes: PlainRoutes) -> dict[tuple[int, int], object]:
+        def what(index: int) -> object:
+            action = routes.next_hops[index]
+            if isinstance(action, Multipath):
+                return {(what(path), weight) for path, weight in action.paths}
+            return action
+
+        return {key: what(index) for key, index in routes.fib.entries.items()}
 
     assert contents(net.routes) == contents(fresh_routes)
     assert len(net.routes.next_hops.actions) == len(fresh_routes.next_hops.actions), "next hops that nothing uses"
