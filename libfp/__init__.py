@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from libfp.errors import NoSuchInstance as NoSuchInstance
     from libfp.errors import NoSuchInterface as NoSuchInterface
     from libfp.errors import NotCacheable as NotCacheable
+    from libfp.errors import PeerGone as PeerGone
+    from libfp.errors import PeerLied as PeerLied
     from libfp.errors import PolicyConflict as PolicyConflict
     from libfp.errors import TableFull as TableFull
     from libfp.errors import UnsuitableInterface as UnsuitableInterface
@@ -45,6 +47,8 @@ _ERRORS = (
     "NoSuchInstance",
     "NoSuchInterface",
     "NotCacheable",
+    "PeerGone",
+    "PeerLied",
     "PolicyConflict",
     "TableFull",
     "UnsuitableInterface",

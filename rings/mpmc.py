@@ -1,20 +1,19 @@
 """A ring between many producers and many consumers: both sides claim by compare-and-swap, nobody waits for another.
 
-    producers' line      the next index to write | how far slots are known to be free
-    consumers' line      the next index to read | how far slots are known to be written
-    laps                 a byte a slot: in which lap it was written; and another: in which lap it was read
+    producers' line      the next index to write | up to where slots are known to have been read
+    consumers' line      the next index to read | up to where slots are known to have been written
+    marks                a word a slot, that of a claim's first says how far it is written; and as many for read
     slots                `size` elements
 
-A side looks at the laps that the other side stores (`libfp.rings.laps`) only when what is known does not suffice, and
-then at a line of 64 slots at once. What is known is shared by all of a side; each value ever stored there stays true,
-so it may be overwritten by an older one without harm.
+A side looks at the marks that the other side leaves (`libfp.rings.marks`) only when what is known does not suffice,
+and then at some more. What is known is shared by all of a side, and only grows.
 
 What one producer puts in is taken out in its order. A thread that is put aside between claim and commit holds up the
 other side, when it gets there, and nobody else.
 
 Indexes are 64 bits, so that a compare-and-swap never takes an index for one of long ago.
 
-From Vyukov's "Bounded MPMC queue" (2010), which has the states in the slots and takes one element at a time.
+From Vyukov's "Bounded MPMC queue" (2010), which has a state in each slot and takes one element at a time.
 """
 
 from __future__ import annotations
@@ -27,17 +26,16 @@ from libfp.jit import (
     load_acquire64,
     native,
     store64,
-    store_release64,
     word,
 )
 from libfp.jit.primitive import signed64
-from libfp.rings.laps import clear, look, mark, run
+from libfp.rings.marks import follow, mark
 from libfp.rings.ring import Ring
-from libfp.rings.slots import AHEAD, ahead, bring, put, rest, take
+from libfp.rings.slots import ahead, bring, put, take
 
-_PRODUCERS, _CONSUMERS, _LAPS = 0, 128, 256
-# In a side's line: the next index to claim, up to where claims are known to be good; apart, when it looked in vain.
-_NEXT, _KNOWN, _LOOKED = 0, 8, 64
+_PRODUCERS, _CONSUMERS, _MARKS = 0, 128, 256
+# In a side's line: the next index to claim, up to where the other side is known to be.
+_NEXT, _KNOWN = 0, 8
 
 
 @native
@@ -52,23 +50,20 @@ class MpmcView:
     read: word
     slots: word
     size: word
-    shift: word
     element: constant
 
     @inline
-    def _claim(self, side, states, behind, count, least):  # type: ignore[no-untyped-def]
-        """Claim up to `count` indexes of a side, those whose slots the other side has done with `behind` before."""
+    def _claim(self, side, marks, room, count, least):  # type: ignore[no-untyped-def]
+        """Claim up to `count` indexes of a side: those up to `room` beyond what the other side's marks lead to."""
         index = load_acquire64(side + _NEXT)
-        if load_acquire64(side + _KNOWN) - index <= 0:
-            rest(side + _LOOKED)
         while True:
-            known = load_acquire64(side + _KNOWN) - index
-            if known < count:
-                known = max(known, 0)
-                at = index + known
-                limit = min(look(at, count - known), self.size - known)
-                known += run(states, self.size, self.shift, at - behind, limit)
-                store_release64(side + _KNOWN, index + known)
+            known = load_acquire64(side + _KNOWN)
+            if known + room - index < count:
+                further = follow(marks, self.size, known, count - (known + room - index))
+                if further != known:
+                    was = compare_and_swap64(side + _KNOWN, known, further)
+                    known = further if was == known else was
+            known += room - index
             granted = min(known, count)
             if granted >= max(least, 1):
                 was = compare_and_swap64(side + _NEXT, index, index + granted)
@@ -96,9 +91,9 @@ class MpmcView:
     @inline
     def commit(self, index, count):  # type: ignore[no-untyped-def]
         """Publish the `count` slots that `reserve` gave from `index` on: these, and no fewer."""
-        mark(self.base + _LAPS, self.size, self.shift, index, count)
+        mark(self.base + _MARKS, self.size, index, count)
         end = ((index + count) & (self.size - 1)) * self.element
-        ahead(self.slots, self.size * self.element, end, count * self.element, AHEAD)
+        ahead(self.slots, self.size * self.element, end, count * self.element)
 
     @inline
     def peek(self, count, least):  # type: ignore[no-untyped-def]
@@ -106,7 +101,7 @@ class MpmcView:
 
         They are this consumer's, at ``item(index)`` and so on, and all of them to be released, before long.
         """
-        return self._claim(self.base + _CONSUMERS, self.base + _LAPS, 0, count, least)
+        return self._claim(self.base + _CONSUMERS, self.base + _MARKS, 0, count, least)
 
     @inline
     def item(self, index):  # type: ignore[no-untyped-def]
@@ -116,7 +111,7 @@ class MpmcView:
     @inline
     def release(self, index, count):  # type: ignore[no-untyped-def]
         """Give the slots of all `count` elements that `peek` gave from `index` on back to the producers."""
-        mark(self.read, self.size, self.shift, index, count)
+        mark(self.read, self.size, index, count)
 
     @inline
     def _enqueue(self, source, count, least):  # type: ignore[no-untyped-def]
@@ -168,17 +163,17 @@ class Mpmc(Ring):
     """A ring of `size` elements (a power of two) of `element` bytes (8 or 16), for many producers and many consumers.
 
     Any number of threads may produce and consume, from Python or compiled code alike. Its length counts what
-    producers have claimed and not yet written. Memory: 256 bytes, and two bytes more than an element for each slot.
+    producers have claimed and not yet written. Memory: 256 bytes, and 16 bytes more than an element for each slot.
     """
 
     def __init__(self, size: int, *, element: int = 8, start: int = 0) -> None:
         """`start` is the first index; tests begin just below 2**64. Raises BadInput for other sizes."""
         super().__init__(size, element)
-        laps = -(-size // 128) * 128
-        self.arena = Arena(_LAPS + 2 * laps + size * element)
+        marks = max(8 * size, 128)
+        self.arena = Arena(_MARKS + 2 * marks + size * element)
         base = self.arena.address
-        read = base + _LAPS + laps
-        self.view = MpmcView(base, read, read + laps, size, size.bit_length() - 1, element)
+        read = base + _MARKS + marks
+        self.view = MpmcView(base, read, read + marks, size, element)
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:
@@ -186,5 +181,4 @@ class Mpmc(Ring):
         for side in (_PRODUCERS, _CONSUMERS):
             for at in (_NEXT, _KNOWN):
                 store64(self.view.base + side + at, start)
-        for states in (self.view.base + _LAPS, self.view.read):
-            clear(states, self.size, self.view.shift, signed64(start))
+        self.arena.words[_MARKS // 8 : (self.view.slots - self.view.base) // 8] = signed64(start)

@@ -3,17 +3,17 @@
     producers' line      the next index to claim | the consumer index as last seen
     consumer's line      consumer index, published
     consumer's own       consumer index | how far slots are known to be written
-    laps                 a byte a slot: in which lap it was written
+    marks                a word a slot, that of a claim's first says how far it is written
     slots                `size` elements
 
-A producer that has claimed its slots writes them, and says so slot by slot (`libfp.rings.laps`): producers never wait
+A producer that has claimed its slots writes them, and then leaves a mark (`libfp.rings.marks`): producers never wait
 for one another, and one that is put aside in between holds up the consumer alone, when it gets there. What one
 producer puts in comes out in its order.
 
 Indexes are 64 bits, so that a compare-and-swap never takes an index for one of long ago.
 
-The claim by compare-and-swap of a whole burst is DPDK's rte_ring's; a state a slot is Vyukov's "Bounded MPMC queue"
-(2010), here beside the slots and not in them.
+The claim by compare-and-swap of a whole burst is DPDK's rte_ring's; a state for each slot is Vyukov's "Bounded MPMC
+queue" (2010), here for each claim.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from libfp.jit import (
     word,
 )
 from libfp.jit.primitive import signed64
-from libfp.rings.laps import clear, look, mark, run
+from libfp.rings.marks import follow, mark
 from libfp.rings.ring import Ring
-from libfp.rings.slots import AHEAD, ahead, put, rest, take
+from libfp.rings.slots import ahead, put, rest, take
 
 _HEAD, _SEEN, _LOOKED = 0, 8, 64
 _CONSUMER = 128
 _OWN, _KNOWN, _LAST = 256, 264, 272
-_LAPS = 384
+_MARKS = 384
 
 
 @native
@@ -52,7 +52,6 @@ class MpscView:
     base: word
     slots: word
     size: word
-    shift: word
     element: constant
 
     @inline
@@ -86,9 +85,9 @@ class MpscView:
     @inline
     def commit(self, index, count):  # type: ignore[no-untyped-def]
         """Publish the `count` slots that `reserve` gave from `index` on: these, and no fewer."""
-        mark(self.base + _LAPS, self.size, self.shift, index, count)
+        mark(self.base + _MARKS, self.size, index, count)
         end = ((index + count) & (self.size - 1)) * self.element
-        ahead(self.slots, self.size * self.element, end, count * self.element, AHEAD)
+        ahead(self.slots, self.size * self.element, end, count * self.element)
 
     @inline
     def peek(self, count):  # type: ignore[no-untyped-def]
@@ -96,10 +95,9 @@ class MpscView:
         own = load64(self.base + _OWN)
         there = load64(self.base + _KNOWN) - own
         if there < count:
-            at = own + there
-            more = run(self.base + _LAPS, self.size, self.shift, at, min(look(at, count - there), self.size - there))
-            store64(self.base + _KNOWN, at + more)
-            there += more
+            known = follow(self.base + _MARKS, self.size, own + there, count - there)
+            store64(self.base + _KNOWN, known)
+            there = known - own
         return min(there, count)
 
     @inline
@@ -161,20 +159,20 @@ class Mpsc(Ring):
     """A ring of `size` elements (a power of two) of `element` bytes (8 or 16), for many producers and one consumer.
 
     Any number of threads may produce and one may consume, from Python or compiled code alike. Its length counts what
-    producers have claimed and not yet written. Memory: 384 bytes, and a byte more than an element for each slot.
+    producers have claimed and not yet written. Memory: 384 bytes, and 8 bytes more than an element for each slot.
     """
 
     def __init__(self, size: int, *, element: int = 8, start: int = 0) -> None:
         """`start` is the first index; tests begin just below 2**64. Raises BadInput for other sizes."""
         super().__init__(size, element)
-        slots = _LAPS + -(-size // 128) * 128
+        slots = _MARKS + max(8 * size, 128)
         self.arena = Arena(slots + size * element)
         base = self.arena.address
-        self.view = MpscView(base, base + slots, size, size.bit_length() - 1, element)
+        self.view = MpscView(base, base + slots, size, element)
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:
         """Empty the ring, all indexes at `start`. Only while no side runs."""
         for at in (_HEAD, _SEEN, _CONSUMER, _OWN, _KNOWN):
             store64(self.view.base + at, start)
-        clear(self.view.base + _LAPS, self.size, self.view.shift, signed64(start))
+        self.arena.words[_MARKS // 8 :][: self.size] = signed64(start)

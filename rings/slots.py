@@ -5,8 +5,6 @@ from __future__ import annotations
 from libfp.jit import clock, copy64, inline, kernel, load64, pause, prefetch, prefetch_write, store64, unlikely
 
 REST = 600  # ticks of `clock`
-#: Bytes that producers look ahead where each claim is a locked instruction, which waits for all stores before it.
-AHEAD = 1024
 
 
 @kernel
@@ -59,8 +57,8 @@ def take(slots, nbytes, at, target, size):  # type: ignore[no-untyped-def]
 
 @kernel
 @inline
-def ahead(slots, nbytes, end, size, distance):  # type: ignore[no-untyped-def]
-    """After `size` bytes up to `end` were written: have the lines brought that come `distance` bytes later.
+def ahead(slots, nbytes, end, size):  # type: ignore[no-untyped-def]
+    """After `size` bytes up to `end` were written: have the lines brought that the next such bytes will be written to.
 
     The consumer's core holds them, from a round before. Stores wait for their lines one after the other, and nothing
     else makes a producer slow.
@@ -68,7 +66,7 @@ def ahead(slots, nbytes, end, size, distance):  # type: ignore[no-untyped-def]
     if end & 63 < size:  # once a line
         at = 0
         while at < size:
-            prefetch_write(slots + ((end + distance + at) & (nbytes - 1)))
+            prefetch_write(slots + ((end + 64 + at) & (nbytes - 1)))
             at += 64
 
 

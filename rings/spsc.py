@@ -79,7 +79,7 @@ class SpscView:
         store32(self.producer + OWN, producer)
         store_release32(self.base + PRODUCER, producer)
         end = (producer & (self.size - 1)) * self.element
-        ahead(self.base + SLOTS, self.size * self.element, end, count * self.element, 64)
+        ahead(self.base + SLOTS, self.size * self.element, end, count * self.element)
 
     @inline
     def peek(self, count):  # type: ignore[no-untyped-def]
