@@ -37,10 +37,9 @@ from libfp.jit import (
     word,
 )
 from libfp.tables import lpm4_update
-from libfp.tables.lanes import LANES
 from libfp.tables.lpm import Lpm
 from libfp.tables.lpm4_slot import BLOCKS, DEEPER, SCRATCH, SCRATCH_BYTES, WHERE
-from libfp.tables.lpm4_vector import lookup8
+from libfp.tables.lpm4_vector import lookup8, lookup64
 from libfp.tables.words import Words
 
 _SLOTS = 64  # byte offset of the slots
@@ -94,14 +93,20 @@ class Lpm4View:
     def lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
         """`lookup` of `count` addresses (u32, host order) at `keys`; the values (u32) go to `results`."""
         base = load64(self.cell)
-        whole = 0 if BOUNDSCHECK else count & ~(LANES - 1)  # vectors are not checked
-        for i in range(0, whole, LANES):
-            deep = lookup8(base, keys + 4 * i, results + 4 * i)
-            while unlikely(deep != 0):
-                one = i + ctz64(deep)
-                deep = without_lowest64(deep)
-                store32(results + 4 * one, self.lookup(load32(keys + 4 * one)))
+        whole = 0 if BOUNDSCHECK else count & ~7  # vectors are not checked
+        many = whole & ~63
+        for i in range(0, many, 64):
+            self._go_deep(lookup64(base, keys + 4 * i, results + 4 * i), keys + 4 * i, results + 4 * i)
+        for i in range(many, whole, 8):
+            self._go_deep(lookup8(base, keys + 4 * i, results + 4 * i), keys + 4 * i, results + 4 * i)
         for i in range(whole, count):
+            store32(results + 4 * i, self.lookup(load32(keys + 4 * i)))
+
+    def _go_deep(self, more, keys, results):  # type: ignore[no-untyped-def]
+        """Look up those keys whose bits are set in `more`."""
+        while unlikely(more != 0):
+            i = ctz64(more)
+            more = without_lowest64(more)
             store32(results + 4 * i, self.lookup(load32(keys + 4 * i)))
 
 

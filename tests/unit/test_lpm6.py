@@ -290,7 +290,7 @@ def _one_by_one(table: Lpm6, keys: list[int]) -> list[int]:
     return np.frombuffer(memory.buffer, np.uint32, count, 16 * count).tolist()
 
 
-@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 63, 64, 65, 200])
 def test_bulk_lookup_is_lookup(table, count):
     table.update(CHAIN)
     table["2001:db8:2::/48"] = 1 << 31
