@@ -77,13 +77,15 @@ def removed(old: Lists, route: Route, bits: int = 32) -> Lists:
     for position, other in enumerate(old):
         if other.alive() == plain:
             return old[:position] + old[position + 1 :]
-    if bits == 128 and _joins(route):  # some hops of a multipath route
-        gone = {hop._replace(dead=False) for hop in route.hops}
+    if bits == 128 and _joins(route):  # some hops of a multipath route; one alone is told without its weight
+        gone, rest = {(hop.link, hop.gateway) for hop in route.hops}, plain._replace(hops=())
         for position, other in enumerate(old):
-            left = tuple(hop for hop in other.hops if hop._replace(dead=False) not in gone)
-            if left != other.hops and other.alive()._replace(hops=()) == plain._replace(hops=()):
-                rest = (other._replace(hops=left),) if left else ()
-                return (*old[:position], *rest, *old[position + 1 :])
+            left = tuple(hop for hop in other.hops if (hop.link, hop.gateway) not in gone)
+            if left != other.hops and other._replace(hops=()) == rest:
+                if len(left) == 1:
+                    left = (left[0]._replace(weight=1),)
+                kept = (other._replace(hops=left),) if left else ()
+                return (*old[:position], *kept, *old[position + 1 :])
     return old
 
 

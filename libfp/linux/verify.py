@@ -95,9 +95,9 @@ def _said(routes: Any) -> str:
     return " then ".join(map(str, routes)) or "none"
 
 
-def _addresses(state: State) -> dict[tuple[int, int], Any]:
-    both = ((4, state.addresses), (6, state.addresses6))
-    return {(link, family): there for family, by_link in both for link, there in by_link.items() if there}
+def _addresses(state: State) -> dict[int, Any]:
+    """IPv4's. Nothing hangs on IPv6's but their routes, and Linux does not tell of each that goes with a link."""
+    return {link: there for link, there in state.addresses.items() if there}
 
 
 def _usable(state: State) -> dict[tuple[int, bytes], bytes]:

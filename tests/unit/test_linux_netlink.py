@@ -174,6 +174,19 @@ def test_kernel_routes_of_one_metric_keep_the_kernel_s_order() -> None:
     assert rib.routes[prefix] == (local, a)
 
 
+def test_hops_of_an_ipv6_route_go_one_by_one() -> None:
+    rib, prefix = Rib(bits=128), rt.Prefix(0, 0, 128)
+    hops = tuple(rt.Hop(2, bytes([0xFE, 0x80, *bytes(13), i]), weight=3) for i in (1, 2, 3))
+    route = rt.Route(254, 0, 0, rt.UNICAST, 0, hops)
+    rib.add(prefix, route)
+    assert rib.remove(prefix, route._replace(hops=(hops[1]._replace(weight=1),))), "told without its weight"
+    assert rib.routes[prefix] == (route._replace(hops=(hops[0], hops[2])),)
+    assert rib.remove(prefix, route._replace(hops=hops[:2]))
+    assert rib.routes[prefix] == (route._replace(hops=(hops[2]._replace(weight=1),)),)
+    assert rib.add(prefix, route, nl.NLM_F_APPEND), "told whole"
+    assert rib.routes[prefix] == (route,)
+
+
 class Pair:
     """A `Netlink` whose other end is a socket of ours: the kernel's words, as we want them."""
 
