@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Self
 
 import click
 
-from libfp.errors import BadInput
+from libfp.apps.router.service import Service
+from libfp.cli import journal
+from libfp.errors import BadInput, Error
+
+log = logging.getLogger("libfp.router")
+
+
+LEVELS = ("error", "warning", "info", "debug")
+
+#: What a SIGHUP changes; anything else takes a restart.
+LIVE = ("log", "bypass")
 
 
 def _cores(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
@@ -52,26 +65,15 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
 )
 @click.option("--bypass", is_flag=True, help="Forward although Linux would decide otherwise (filters, policy rules).")
 @click.option("--name", metavar="NAME", help="What `fp stats` calls this instance.  [router-PID]")
+@click.option("--log", type=click.Choice(LEVELS), help="What is logged.  [what fp -v says]")
+@click.option("--config", metavar="FILE", help="Read options from a TOML file; SIGHUP reads it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: one when ready, one at the end.")
 @click.option("--pcap", metavar="FILE", help="Instead of interfaces: forward what this capture holds.")
 @click.option("--routes", metavar="FILE", help="With --pcap: the routes, one a line, as `ip route` writes them.")
 @click.option("--out", metavar="FILE", help="With --pcap: write what leaves, as pcap, or pcapng by that name.")
-def router(
-    interfaces: tuple[str, ...],
-    cores: list[int] | None,
-    kick: str,
-    idle: str,
-    only: tuple[str, ...],
-    mode: Any,
-    capacity: int,
-    bypass: bool,
-    name: str | None,
-    as_json: bool,
-    pcap: str | None,
-    routes: str | None,
-    out: str | None,
-) -> None:
-    """Route IPv4 between the interfaces IF..., with Linux's routes and neighbours.
+@click.pass_context
+def router(context: click.Context, config: str | None, **options: Any) -> None:
+    """Route IPv4 and IPv6 between the interfaces IF..., with Linux's routes and neighbours.
 
     Linux keeps its say: addresses, routes, neighbours and forwarding settings are followed as they change, and what
     the fast path cannot finish (ICMP errors, fragments, options, unresolved neighbours) is handed to it. Ctrl-C and
@@ -79,33 +81,74 @@ def router(
 
     With --pcap it needs neither root nor Linux's tables: the same pipeline forwards a capture by the routes in a file.
     """
-    if pcap is not None or routes is not None or out is not None:
-        if pcap is None or routes is None or interfaces:
+    settings = SimpleNamespace(**(options if config is None else _configured(context, config, options)))
+    logging.getLogger("libfp").setLevel(settings.log.upper() if settings.log else logging.NOTSET)
+    if settings.pcap is not None or settings.routes is not None or settings.out is not None:
+        if settings.pcap is None or settings.routes is None or settings.interfaces:
             raise BadInput("--pcap, --routes and --out go together, without interfaces", "give --pcap and --routes")
         from libfp.apps.router import offline
 
-        offline.run(pcap, routes, out, as_json)
+        offline.run(settings.pcap, settings.routes, settings.out, settings.as_json)
         return
-    if not interfaces:
+    if not settings.interfaces:
         raise BadInput("no interface named", "name the interfaces to route between, or a --pcap")
-    if len(set(interfaces)) != len(interfaces):
-        raise BadInput(f"an interface is named twice in {' '.join(interfaces)}", "name each once")
-    say = _Said(as_json)
-    with _Interrupts() as interrupts:
-        from libfp import Linux, Pipeline  # numba and pyroute2 come with them
-        from libfp.stages import forward, parse
+    if len(set(settings.interfaces)) != len(settings.interfaces):
+        raise BadInput(f"an interface is named twice in {' '.join(settings.interfaces)}", "name each once")
+    with _Interrupts() as interrupts, Service(interrupts.asked, hup=config is not None) as service:
+        if config is not None:
+            service.reload = lambda: _reload(lambda: _configured(context, config, options), settings)
+        _route(settings, interrupts, service)
 
-        say("reading Linux's links, addresses, neighbours and routes")
-        with Linux(*interfaces, only=only, mode=mode, bypass=bypass, capacity=capacity) as linux:
+
+def _configured(context: click.Context, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, of which the file says those that the command line does not."""
+    from libfp.apps.router import config
+
+    told = config.read(path, context.command, context)
+    default = click.core.ParameterSource.DEFAULT
+    given = {name for name in told if options[name] and context.get_parameter_source(name) != default}
+    return {**options, **{name: value for name, value in told.items() if name not in given}}
+
+
+def _route(settings: SimpleNamespace, interrupts: _Interrupts, service: Service) -> None:
+    say = _Said(settings.as_json)
+    from libfp import Linux, Pipeline  # numba and pyroute2 come with them
+    from libfp.stages import forward, parse
+
+    say("reading Linux's links, addresses, neighbours and routes")
+    chosen = {name: getattr(settings, name) for name in ("only", "mode", "bypass", "capacity")}
+    with Linux(*settings.interfaces, progress=service.progress, **chosen) as linux:
+        interrupts.check()
+        settings.linux = linux
+        pipeline = Pipeline(parse, forward(linux))
+        say("compiling the pipeline (seconds at first, then from the cache)")
+        options = {"kick": settings.kick, "idle": settings.idle, "frame_size": linux.frame_size}
+        name = settings.name or f"router-{os.getpid()}"
+        with pipeline.start(linux.ports, settings.cores, name=name, **options) as app:
             interrupts.check()
-            pipeline = Pipeline(parse, forward(linux))
-            say("compiling the pipeline (seconds at first, then from the cache)")
-            options = {"kick": kick, "idle": idle, "frame_size": linux.frame_size}
-            with pipeline.start(linux.ports, cores, name=name or f"router-{os.getpid()}", **options) as app:
-                interrupts.check()
-                say.ready(app, linux)
-                app.wait()
-                say.end(app)
+            service.run(app, say.ready(app, linux))
+            say.end(app)
+
+
+def _reload(read: Callable[[], dict[str, Any]], settings: SimpleNamespace) -> None:
+    """Take over what the configuration file says now, as far as that goes while packets pass."""
+    try:
+        told = read()
+    except Error as error:
+        log.error("the configuration stays as it was: %s", error)
+        return
+    changed = [name for name, value in told.items() if value != getattr(settings, name)]
+    if "log" in changed:
+        settings.log = told["log"]
+        logging.getLogger("libfp").setLevel(settings.log.upper() if settings.log else logging.NOTSET)
+    if "bypass" in changed:
+        settings.bypass = told["bypass"]
+        settings.linux.set_bypass(settings.bypass)
+    later = sorted({"as_json": "json"}.get(name, name) for name in changed if name not in LIVE)
+    done = [name for name in LIVE if name in changed]
+    log.warning("configuration read again; changed: %s", ", ".join(done) or "nothing")
+    if later:
+        log.warning("changed in the configuration, but not without a restart: %s", ", ".join(later))
 
 
 class _Interrupts:
@@ -132,6 +175,10 @@ class _Interrupts:
             self._asked = True
             raise KeyboardInterrupt
 
+    def asked(self) -> bool:
+        """Whether there was one."""
+        return self._asked
+
     def check(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
@@ -144,20 +191,22 @@ class _Said:
         self._json = as_json
 
     def __call__(self, text: str) -> None:
-        click.echo(f"fp router: {text}", err=True)
+        journal.say(f"fp router: {text}")
 
     def _line(self, event: str, **fields: Any) -> None:
         if self._json:
             click.echo(json.dumps({"event": event, **fields}))
             sys.stdout.flush()
 
-    def ready(self, app: Any, linux: Any) -> None:
+    def ready(self, app: Any, linux: Any) -> str:
+        """Say what is forwarded, and return it in short."""
         ports, routes = ", ".join(port.name for port in app.ports), len(linux.routes.fib)
         where = f"{ports} on core{'s' if len(app.cores) > 1 else ''} {', '.join(map(str, app.cores))}"
         how = f"{'zero-copy' if app.zero_copy else 'copy mode'}, kick: {app.kick}"
         self(f"forwarding between {where} ({how}, {routes} routes); fp stats {app.name}")
         fields = {"cores": app.cores, "kick": app.kick, "zero_copy": app.zero_copy, "routes": routes}
         self._line("ready", name=app.name, ports=[port.name for port in app.ports], **fields)
+        return f"forwarding between {where}"
 
     def end(self, app: Any) -> None:
         counters = app.counters

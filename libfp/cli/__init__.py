@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from libfp import __version__
+from libfp.cli import journal
 from libfp.errors import Error
 
 # name -> (module:attribute of the click command, the help line `fp --help` shows without importing it)
@@ -51,7 +52,9 @@ class LazyGroup(click.Group):
 def fp(verbose: int) -> None:
     """libfp: a packet fast path for Linux. Linux decides; the fast path applies it, a few million times a second."""
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(level=level, format="fp: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(journal.Formatter("fp: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = fp.main(args=arguments, prog_name="fp", standalone_mode=False)
     except Error as error:
-        click.echo(f"fp: {' '.join(str(error).split())}", err=True)
+        journal.say(f"fp: {' '.join(str(error).split())}", journal.ERR)
         return 2
     except click.UsageError as error:
         error.show()

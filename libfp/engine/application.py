@@ -144,6 +144,11 @@ class Application:
             raise Error("the application has not been started", "call start()")
         return self.page.counters()
 
+    @property
+    def ended(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._ended.is_set()
+
     def wait(self, timeout: float | None = None) -> None:
         """Until Ctrl-C, until `stop` is called from elsewhere, or for `timeout` seconds.
 

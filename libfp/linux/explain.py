@@ -40,6 +40,6 @@ def explain(routes: Routes, mirror: Mirror, next_hop: int, packet: bytes) -> str
         neighbour = state.usable(via.link, via.gateway)
         mac = f" lladdr {neighbour.mac.hex(':')}" if neighbour is not None else ""
         return f"neighbour {gateway}{mac} dev {device}"
-    mtu = f" mtu {via.mtu}" if via.mtu else ""
+    mtu = f" mtu {via.mtu}" if via.mtu and (link is None or via.mtu < link.mtu) else ""
     share = f" (of {len(paths)} paths)" if isinstance(action, Multipath) else ""
     return f"{prefix} via {gateway} dev {device}{mtu}{share}"

@@ -160,6 +160,11 @@ class Linux:
         """See `libfp.engine.Pipeline.explain`."""
         return explain(self.routes, self.mirror, next_hop, packet)
 
+    def set_bypass(self, bypass: bool) -> None:
+        """Change `bypass` while packets pass: policies of Linux's get the traffic, or do not any more."""
+        self.bypass = bypass
+        self.mirror.call((lambda: self.mirror.resume("policy")) if bypass else self._look_for_conflicts)
+
     def wait_synced(self, timeout: float | None = 10.0) -> None:
         """Return when everything that Linux was told before this call is in the tables. Raises TimeoutError."""
         self.mirror.barrier(3600.0 if timeout is None else timeout)

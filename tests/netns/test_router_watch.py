@@ -33,11 +33,12 @@ class Net(Crossroads):
         self.router.route("198.51.100.0/24", via=SERVER)
         self.server.address("lo", f"{BEHIND}/32")
         self.router.netlink("route", "add", dst="203.0.113.0/24", type="blackhole")
+        self.router.route("192.0.2.0/24", multipath=[{"gateway": SERVER}, {"gateway": self.OTHER}])
 
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    with Lab() as lab:
+    with Lab(ipv6=True) as lab:
         yield Net(lab)
 
 
@@ -85,6 +86,18 @@ def test_neighbours_and_blackholes_decide_too(net: Net, router: RouterProcess) -
     told = json.loads(trace(net, router, HOLE, 1, "--json", f"dst host {HOLE}"))
     assert (told["verdict"], told["entry"]) == ("drop blackhole", "203.0.113.0/24 blackhole")
     assert [step["stage"] for step in told["stages"]] == ["parse", "forward"]
+
+
+def test_ipv6_and_multipath_routes_are_named(net: Net, router: RouterProcess) -> None:
+    wait_until(lambda: net.client.ping(net.SERVER6, count=1).received and net.client.ping(net.OTHER, count=1).received)
+    told = json.loads(trace(net, router, net.SERVER6, 1, "--json", f"icmp6 and dst host {net.SERVER6}"))
+    assert told["summary"].startswith(f"IPv6 {net.CLIENT6} > {net.SERVER6}, ICMPv6 echo request, hop limit 64")
+    assert told["stages"][0]["did"] == "a sound IPv6 header"
+    assert told["entry"] == f"neighbour {net.SERVER6} lladdr {net.server.mac('s0')} dev r1"
+    told = json.loads(trace(net, router, "192.0.2.200", 1, "--json", "dst host 192.0.2.200"))
+    assert told["verdict"] in ("forward r1", "forward r2")
+    by = {"forward r1": f"via {SERVER} dev r1", "forward r2": f"via {net.OTHER} dev r2"}[told["verdict"]]
+    assert told["entry"] == f"192.0.2.0/24 {by} (of 2 paths)"
 
 
 def test_a_trace_that_is_killed_leaves_nothing_open(net: Net, router: RouterProcess) -> None:

@@ -172,6 +172,7 @@ def test_an_instance_that_is_stopped_does_not_answer() -> None:
             assert child.stdout is not None
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)
             said = f"'{NAME}-child' .process {child.pid}. does not answer"
             with connect(NAME + "-child", timeout=0.2) as instance, pytest.raises(NoAnswer, match=said):
                 instance.ask("ping")
