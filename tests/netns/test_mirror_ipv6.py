@@ -14,7 +14,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 from libfp.linux.verify import Verification, verify
-from libfp.stages.routes import Drop, Forward, Punt, Routes
+from libfp.stages.routes import Drop, Forward, Multipath, Punt, Routes
 from libfp.testing.netns import Host, Lab, wait_until
 
 LINKS = ("r0", "r1", "r2")
@@ -147,7 +147,10 @@ class Router:
         wrong = []
         for address in addresses:
             action, expected = self.action(address), self.expected(address)
-            if action not in expected and action != Punt("via-linux"):
+            actions = (
+                [self.routes.next_hops[path] for path, _ in action.paths] if isinstance(action, Multipath) else [action]
+            )
+            if not all(one in expected for one in actions) and action != Punt("via-linux"):
                 name = socket.inet_ntop(socket.AF_INET6, address.to_bytes(16, "big"))
                 wrong.append(f"{name}: {action} instead of {expected}")
         return wrong
