@@ -19,7 +19,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 from libfp.linux.state import USABLE
-from libfp.stages.routes import Drop, Forward, Punt
+from libfp.stages.routes import Drop, Forward, Multipath, Punt
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.plain_routes import PlainRoutes
 
@@ -187,7 +187,9 @@ class Router:
             wrong.clear()
             for address in addresses:
                 action, expected = self.routes.action(address), self.expected(address)
-                if action not in expected:
+                paths = action.paths if isinstance(action, Multipath) else ()
+                actions = [self.routes.next_hops[path] for path, _ in paths] or [action]
+                if not all(one in expected for one in actions):
                     wrong.append(f"{socket.inet_ntoa(address.to_bytes(4, 'big'))}: {action} instead of {expected}")
             return not wrong
 
