@@ -127,12 +127,9 @@ def flat_chunk(routes, base, frames, descs, out, scratch):  # type: ignore[no-un
             store64(live + 16 * n, frame)
             store64(live + 16 * n + 8, length)
             n += 1
+        fib.lookup_burst(keys, results, n)
         for i in range(n):
-            store32(results + 4 * i, fib.seek(load32(keys + 4 * i)))
-        for i in range(n):
-            hop = fib.value_at(load32(results + 4 * i), load32(keys + 4 * i))
-            prefetch(hops + HOP_SIZE * hop)
-            store32(results + 4 * i, hop)
+            prefetch(hops + HOP_SIZE * load32(results + 4 * i))
         for i in range(n):
             hop = load32(results + 4 * i)
             entry = hops + HOP_SIZE * hop

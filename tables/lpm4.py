@@ -71,24 +71,8 @@ class Lpm4View:
         return at + 28 + 4 * rank
 
     def prefetch(self, key):  # type: ignore[no-untyped-def]
-        """Ask for the memory that `seek` reads."""
+        """Ask for the memory that the first step of `lookup` reads."""
         prefetch(load64(self.cell) + _SLOTS + (key >> 13) * 8)
-
-    def seek(self, key):  # type: ignore[no-untyped-def]
-        """The first step of `lookup`: a number for `value_at`, whose memory it asks for. The key has 32 bits."""
-        base = load64(self.cell)
-        word = load64(base + _SLOTS + (key >> 13) * 8)
-        at = 4 * (shr64(word, WHERE) + popcount64(shl64(word, ~(key >> 8) | 32)))
-        prefetch(base + at)
-        return at | (shr64(word, 32) & 1)
-
-    def value_at(self, at, key):  # type: ignore[no-untyped-def]
-        """The second step: what `lookup` of `key` returns, `at` being what `seek` returned."""
-        base = load64(self.cell)
-        if unlikely(at & 1):
-            return self.lookup(key)
-        value, default = load32(base + at), load32(base)
-        return value if value else default
 
     def lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
         """`lookup` of `count` addresses (u32, host order) at `keys`; the values (u32) go to `results`."""

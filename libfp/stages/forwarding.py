@@ -83,16 +83,14 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         unusual = is_unusual(sources, shr64(high, 32), last) | checks & CHECK_SOURCES
         if unlikely(unusual != 0) or unlikely((high & 0xFF) < 2):
             check_unusual(burst, i, routes)
-    for i in range(n):
-        store32(at + NEXT_HOP + 4 * i, routes.fib.seek(load32(at + KEY + 4 * i)))
+    routes.fib.lookup_burst(at + KEY, at + NEXT_HOP, n)
     hops, most, hits, epoch = routes.hops, routes.capacity, routes.hits, routes.epoch
     back = (FORWARD << KIND_SHIFT) + burst.port if checks & PORT_REDIRECTS != 0 else -1
     for i in range(n):
-        hop = routes.fib.value_at(load32(at + NEXT_HOP + 4 * i), load32(at + KEY + 4 * i))
+        hop = load32(at + NEXT_HOP + 4 * i)
         if unlikely(ult64(hop, most) == 0):
-            hop = 0  # no such next hop: as if there were no route
+            store32(at + NEXT_HOP + 4 * i, 0)  # no such next hop: as if there were no route
         prefetch(hops + HOP_SIZE * hop)
-        store32(at + NEXT_HOP + 4 * i, hop)
     if unlikely(load64(at + FLAG) != 0):
         forward6(burst, routes)  # which leaves no packet of its own to the rest
     for i in range(n):
