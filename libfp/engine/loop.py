@@ -97,19 +97,21 @@ from libfp.packet.burst import BURST, Packet
 
 
 @kernel
-def stages(context, burst, tap{arguments}):
-{process}
+def watched(context, burst, tap{arguments}):
+{watched}
     finish(context, burst)
 
 
 @kernel
 def process(context, burst{arguments}):
     tap = load64(context.at + RECORD)
-    if unlikely(tap != 0):
+    if unlikely(tap != 0):  # the stages once more, so that this one test is all that a closed tap costs
         tap_begin(tap, burst)
-    stages(context, burst, tap{arguments})
-    if unlikely(tap != 0):
+        watched(context, burst, tap{arguments})
         tap_publish(tap, {stages})
+        return
+{process}
+    finish(context, burst)
 
 
 @kernel
@@ -162,23 +164,24 @@ def render(
     title: str, stages: list[tuple[bool, str]], arguments: list[str], *, kick: str, idle: str, sealed: bool, budget: int
 ) -> str:
     """The module of a pipeline: `stages` are (per burst, call expression with {{packet}} or burst as first word)."""
-    lines = []
+    plain: list[str] = []
+    watched: list[str] = []
     for number, (per_burst, rest) in enumerate(stages):
-        if number:
-            lines += ["    if burst.count == 0:", "        return"]
+        lines = ["    if burst.count == 0:", "        return"] if number else []
         if per_burst:
             lines.append(f"    stage_{number}(burst{rest})")
         else:
             lines.append("    for i in range(burst.count):")
             lines.append(f"        stage_{number}(Packet(burst.at, i){rest})")
-        lines += ["    if unlikely(tap != 0):", f"        tap_stage(tap, burst, {number})"]
-        lines.append("    settle(context, burst)")
-        lines += ["    if unlikely(tap != 0):", f"        tap_settled(tap, {len(stages)})"]
+        settle = "    settle(context, burst)"
+        plain += [*lines, settle]
+        watched += [*lines, f"    tap_stage(tap, burst, {number})", settle, f"    tap_settled(tap, {len(stages)})"]
     park_lines = "            if idle > load64(context.at + IDLE_LIMIT):\n                park(context)\n"
     return SOURCE.format(
         title=title,
         arguments="".join(f", {name}" for name in arguments),
-        process="\n".join(lines),
+        process="\n".join(plain),
+        watched="\n".join(watched),
         stages=len(stages),
         seal="    if context.running():  # not where it is only compiled\n        seal(context)" if sealed else "",
         kick="            kick(context, port)" if kick == "inline" else "",

@@ -189,7 +189,7 @@ def test_too_few_queues(net: Crossroads) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "Missing argument 'IF...'"),
+        ([], "no interface named"),
         (["r0", "r0"], "named twice in r0 r0"),
         (["r0", "--cores", "one"], "--cores 'one' does not parse at 'one'"),
         (["r0", "--cores", "4095"], "no core 4095"),
