@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-from types import TracebackType
 
-from libfp.engine.stats import StatsReader, attach, instances
-from libfp.errors import Error, MissingCapability, NoSuchInstance, Unsupported
-from libfp.testing.netns import Host, Lab
-from libfp.testing.wait import wait_until
+from libfp.engine.stats import StatsReader, attach
+from libfp.errors import Error, MissingCapability, Unsupported
+from libfp.testing.netns import Lab
+from libfp.testing.router import RouterProcess
 
 CLIENT, SERVER = "10.0.1.2", "10.0.2.2"
 BLACKHOLE = "203.0.113.0/24"
@@ -58,91 +52,20 @@ class Network:
         return cores[-1]
 
 
-def _prefer(pid: int) -> None:
-    """Let the process (and threads it will start) run before other work that wants its core.
-
-    A receive ring holds a thousand packets: 7 ms of the paced stream, and less than what a busy neighbour on the same
-    core may take at once. Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
-    """
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, -15)
-        with open(f"/proc/{pid}/autogroup", "w") as group:
-            group.write("-15")
+def ready(router: RouterProcess) -> StatsReader:
+    """Wait until the router forwards, and return its counters. Raises DemoFailed with the router's own words."""
+    try:
+        router.wait_ready(START_LIMIT)
+    except (ChildProcessError, TimeoutError) as error:
+        raise DemoFailed(str(error).partition(":")[0], last_words(router)) from None
+    return attach(router.ready["name"])
 
 
-class RouterProcess:
-    """`fp router r0 r1` inside a host."""
-
-    def __init__(self, host: Host, core: int | None, options: tuple[str, ...] = ()) -> None:
-        command = [sys.executable, "-m", "libfp", "router", "r0", "r1", *options]
-        if core is not None:
-            command += ["--cores", str(core)]
-        self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 -- closed by __exit__; "a": we read while it writes
-        # Its own session: Ctrl-C in the terminal reaches the demo only, which then ends its parts in order.
-        self.process = host.popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-        )
-        _prefer(self.process.pid)
-
-    def __enter__(self) -> RouterProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        self._errors.close()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def wait_ready(self) -> StatsReader:
-        """Wait until its workers turn, and return its counters. Raises DemoFailed with the router's own words."""
-
-        def ready() -> StatsReader | bool:
-            if self.process.poll() is not None:
-                raise DemoFailed(f"fp router ended with status {self.process.returncode}", self.said())
-            name = next((name for name, (pid, _) in instances().items() if pid == self.process.pid), None)
-            if name is None:
-                return False
-            try:
-                reader = attach(name)
-            except (NoSuchInstance, OSError):  # its page is not complete yet, or it has just ended
-                return False
-            if all(worker["heartbeat"] for worker in reader.counters().workers):
-                return reader
-            reader.close()
-            return False
-
-        try:
-            found = wait_until(ready, START_LIMIT, "fp router to be ready", interval=0.02)
-        except TimeoutError as error:
-            raise DemoFailed(f"{error}", self.said()) from None
-        assert not isinstance(found, bool)
-        return found
-
-    def said(self) -> str:
-        """The router's error; if it has ended without one, the last line it wrote to standard error."""
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        errors = [line.removeprefix("fp: ") for line in lines if line.startswith("fp: ")]
-        return (errors or (lines if self.process.poll() is not None else []) or [""])[-1]
-
-    def stop(self) -> None:
-        """SIGTERM, and wait: the router detaches. SIGKILL after five seconds, and the kernel detaches."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+def last_words(router: RouterProcess) -> str:
+    """The router's error; if it has ended without one, the last line it wrote to standard error."""
+    lines = router.said().strip().splitlines()
+    errors = [line.removeprefix("fp: ") for line in lines if line.startswith("fp: ")]
+    return (errors or (lines if router.process.poll() is not None else []) or [""])[-1]
 
 
 def check_af_xdp() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from libfp.demo import ending, phases
-from libfp.demo.network import PICTURE, DemoFailed, Network, RouterProcess, check_af_xdp
+from libfp.demo.network import PICTURE, DemoFailed, Network, check_af_xdp, last_words, ready
 from libfp.demo.report import Report, Totals
 from libfp.demo.screen import Screen
 from libfp.engine.stats import StatsReader
 from libfp.testing.netns import Lab
+from libfp.testing.router import RouterProcess
 from libfp.testing.wait import wait_until
 
 
@@ -34,16 +35,17 @@ def _run(screen: Screen, seconds: float, lab: Lab) -> Report:
         screen.picture = PICTURE
         core = net.place()
         screen.step("starting fp router (its first start ever compiles: up to 20 s)")
-        with RouterProcess(net.router, core) as router:
-            reader = router.wait_ready()
+        cores = () if core is None else ("--cores", str(core))
+        with RouterProcess(net.router, "r0", "r1", *cores, wait=False) as router:
+            reader = ready(router)
             about = reader.description
             report.zero_copy, report.kick, report.cores = about["zero_copy"], about["kick"], about["cores"]
             screen.sample = lambda: totals(reader)
-            screen.done(f"fp router: process {router.pid}, kick {report.kick}")
+            screen.done(f"fp router: process {router.process.pid}, kick {report.kick}")
             try:
                 _steps(net, screen, report, seconds, reader)
             except OSError as error:  # TimeoutError and ChildProcessError are kinds of it
-                raise DemoFailed(f"{screen.now}: {error}", router.said()) from error
+                raise DemoFailed(f"{screen.now}: {error}", last_words(router)) from error
             finally:
                 screen.sample = None
                 reader.close()

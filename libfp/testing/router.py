@@ -80,7 +80,8 @@ class Crossroads:
 
 
 def _prefer(pid: int) -> None:
-    """Let a process, and threads it will start, run before other work: tests share their few cores with much else.
+    """Let a process, and threads it will start, run before other work: tests share their few cores with much else, and
+    a receive ring holds a thousand packets, less than what a busy neighbour on the same core may take at once.
 
     Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
     """
@@ -146,8 +147,9 @@ class RouterProcess:
         """The final counters; empty before, and when it was killed."""
         return self._events.get("end", {})
 
-    def wait_ready(self) -> None:
-        wait_until(lambda: self.ready or self.process.poll() is not None, START_LIMIT, "fp router to be ready")
+    def wait_ready(self, timeout: float = START_LIMIT) -> None:
+        """Until it forwards. Raises TimeoutError, or ChildProcessError when it ends before."""
+        wait_until(lambda: self.ready or self.process.poll() is not None, timeout, "fp router to be ready")
         if not self.ready:
             raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
 
