@@ -75,7 +75,7 @@ def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> Non
         lost = DELIVERED
         if verdict >> KIND_SHIFT == FORWARD:
             frame, length, port = burst.frame(i), burst.length(i), verdict & PORT_MASK
-            if port >= ports or not context.rings(port).send(frame, length):
+            if port >= ports or not _send(context, port, frame, length):
                 verdict = _not_sent(context, frame, port)
         else:
             lost = _end(context, burst, i, verdict)
@@ -117,8 +117,18 @@ def _send_all(context: Context, burst: Burst) -> None:
     for i in range(burst.count):
         frame, length = load64(at + FRAME + 8 * i), load32(at + LENGTH + 4 * i)
         port = load32(at + VERDICT + 4 * i) & PORT_MASK
-        if unlikely(port >= ports) or unlikely(not context.rings(port).send(frame, length)):
+        if unlikely(port >= ports) or not _send(context, port, frame, length):
             _not_sent(context, frame, port)
+
+
+@kernel
+def _send(context: Context, port: int, frame: int, length: int) -> bool:
+    """`send`; where there is no room, once more when the frames that have been sent are taken back."""
+    rings = context.rings(port)
+    if unlikely(not rings.send(frame, length)):
+        rings.reclaim(context.free)
+        return rings.send(frame, length)
+    return True
 
 
 @kernel
