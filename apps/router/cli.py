@@ -219,17 +219,18 @@ class _Said:
     def __call__(self, text: str) -> None:
         if self._shown:  # a line that the progress is on
             click.echo("\r\033[K", err=True, nl=False)
+            self._shown = 0.0
         journal.say(f"fp router: {text}")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """How far the first synchronisation is: in place on a terminal, else a line for each so many routes."""
-        if what != "routes" or done == self._told:
+        if what != "routes":
             return
         text = f"{done:,} of {total:,} routes are in the tables" if total else f"{done:,} routes read"
         if self._live:
             now = time.monotonic()
             if now > self._shown + SHOW_EVERY or (total and done >= total):
-                self._shown, self._told = now, done
+                self._shown = now
                 click.echo(f"\r\033[Kfp router: {text}", err=True, nl=False)
             if total and done >= total:
                 click.echo("\r\033[K", err=True, nl=False)
