@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Self
@@ -19,6 +20,9 @@ from libfp.errors import BadInput, Error
 
 log = logging.getLogger("libfp.router")
 
+
+SHOW_EVERY = 0.1  # seconds between progress reports on a terminal
+SAY_EVERY = 100_000  # routes between those in a log, where it is not a quarter of all
 
 LEVELS = ("error", "warning", "info", "debug")
 
@@ -39,7 +43,20 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
     return found
 
 
-@click.command()
+class _Router(click.Command):
+    """`verify` in the place of the first interface is a command of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] != ["verify"]:
+            return super().make_context(info_name, args, parent, **extra)
+        from libfp.apps.router.verify import verify
+
+        return verify.make_context(f"{info_name} verify", args[1:], parent, **extra)
+
+
+@click.command(cls=_Router, epilog="`fp router verify [NAME]` compares a running router's tables with the kernel.")
 @click.argument("interfaces", nargs=-1, metavar="[IF]...")
 @click.option("--cores", callback=_cores, metavar="LIST", help="Cores for workers, one each: 2 or 2,3 or 2-5. [one]")
 @click.option(
@@ -113,11 +130,17 @@ def _configured(context: click.Context, path: str, options: dict[str, Any]) -> d
 def _route(settings: SimpleNamespace, interrupts: _Interrupts, service: Service) -> None:
     say = _Said(settings.as_json)
     from libfp import Linux, Pipeline  # numba and pyroute2 come with them
+    from libfp.linux.verify import handler
+
+    def progress(what: str, done: int, total: int) -> None:
+        service.progress(what, done, total)
+        say.progress(what, done, total)
+
     from libfp.stages import forward, parse
 
     say("reading Linux's links, addresses, neighbours and routes")
     chosen = {name: getattr(settings, name) for name in ("only", "mode", "bypass", "capacity")}
-    with Linux(*settings.interfaces, progress=service.progress, **chosen) as linux:
+    with Linux(*settings.interfaces, progress=progress, **chosen) as linux:
         interrupts.check()
         settings.linux = linux
         pipeline = Pipeline(parse, forward(linux))
@@ -126,6 +149,7 @@ def _route(settings: SimpleNamespace, interrupts: _Interrupts, service: Service)
         name = settings.name or f"router-{os.getpid()}"
         with pipeline.start(linux.ports, settings.cores, name=name, **options) as app:
             interrupts.check()
+            app.control.add("verify", handler(linux.mirror))
             service.run(app, say.ready(app, linux))
             say.end(app)
 
@@ -189,9 +213,34 @@ class _Said:
 
     def __init__(self, as_json: bool) -> None:
         self._json = as_json
+        self._live = sys.stderr.isatty()
+        self._told, self._shown = 0, 0.0
 
     def __call__(self, text: str) -> None:
+        if self._shown:  # a line that the progress is on
+            click.echo("\r\033[K", err=True, nl=False)
+            self._shown = 0.0
         journal.say(f"fp router: {text}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far the first synchronisation is: in place on a terminal, else a line for each so many routes."""
+        if what != "routes":
+            return
+        text = f"{done:,} of {total:,} routes are in the tables" if total else f"{done:,} routes read"
+        if self._live:
+            now = time.monotonic()
+            if now > self._shown + SHOW_EVERY or (total and done >= total):
+                self._shown = now
+                click.echo(f"\r\033[Kfp router: {text}", err=True, nl=False)
+            if total and done >= total:
+                click.echo("\r\033[K", err=True, nl=False)
+                self._shown = 0.0
+            return
+        if done < self._told:  # read, and now written
+            self._told = 0
+        if done - self._told >= max(SAY_EVERY, total // 4) or (total > SAY_EVERY and done >= total):
+            self._told = done
+            self(text)
 
     def _line(self, event: str, **fields: Any) -> None:
         if self._json:

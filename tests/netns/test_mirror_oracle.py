@@ -167,7 +167,12 @@ class Router:
         if found.type == rt.BROADCAST:
             return [Punt("broadcast")]
         assert found.type == rt.UNICAST
-        return [self._hop(found, hop, address) for hop in found.hops if not hop.dead]
+        hops = [hop for hop in found.hops if not hop.dead]
+        actions: list[Any] = [self._hop(found, hop, address) for hop in hops]
+        if len(hops) > 1 and not all(hop.gateway for hop in hops):
+            # the path of flows whose destinations are on a link itself: a group has no neighbour of each of them
+            actions.append(Punt("via-linux"))
+        return actions
 
     def _hop(self, route: rt.Route, hop: rt.Hop, address: int) -> Forward | Punt:
         if hop.link not in self.ports:
