@@ -78,6 +78,11 @@ class ContextMemory:
         """Ask the loop to end after this burst, or let it run again."""
         store_release64(self.control.address + STOP, int(now))
 
+    @property
+    def stopping(self) -> bool:
+        """What `stop` was last called with."""
+        return load64(self.control.address + STOP) != 0
+
     def tap(self, address: int) -> None:
         """Have the worker show what it does through the block at `address`, 0: no longer; see `libfp.engine.tap`."""
         store_release64(self.control.address + TAP, address)

@@ -95,7 +95,7 @@ def test_every_worker_carries_traffic_both_ways(net: Net, router: RouterProcess)
             socks = [stack.enter_context(sender.socket()) for _ in range(64)]
             for number in range(640):
                 socks[number % 64].sendto(number.to_bytes(8, "big"), (address, 5016))
-            wait_until(lambda: len(arrivals.take()) == 640, what="every datagram")  # noqa: B023
+            wait_until(lambda: len(arrivals.take()) == 640, what="every datagram")
     after = router.counters()
     assert after.forwarded - before.forwarded == 1280
     assert len(after.workers) == net.workers
