@@ -137,7 +137,8 @@ class Application:
         if self.kick != "helper":
             return
         if self.helper is not None:
-            self.helper.close()
+            helper, self.helper = self.helper, None
+            helper.close()
         spare = [core for core in self._allowed if core not in self.cores]
         self.helper = Helper([state.memory.context for state in self._states], spare[0] if spare else None)
 
@@ -158,18 +159,20 @@ class Application:
             worker = Worker(len(self._states), core, state, self.ports, self._loop)
             self.cores.append(core)
             self._states.append(state)
+            handed = False
             try:
                 worker.prepare()
                 self._help()
                 worker.start()
                 if self._owner is not None:
+                    handed = True
                     self._owner.started([state.punt_ring])
             except BaseException:
                 ended = worker.stop()
                 self.cores.remove(core)
                 self._states.remove(state)
                 self._help()
-                state.close() if ended else _keep([worker, self.page])
+                state.close() if ended and not handed else _keep([worker, self.page])
                 raise
             self.workers.append(worker)
             self.page.describe(workers=len(self.workers), cores=self.cores, zero_copy=self.zero_copy)
