@@ -91,10 +91,11 @@ class Instance:
         """The counters of its first worker."""
         return self._reader.counters().workers[0]
 
-    def thread_status(self, field: str) -> str:
-        """A field of that worker's thread in /proc/PID/task/TID/status; empty when there is no such thread."""
+    def thread_status(self, field: str, worker: int = 0) -> str:
+        """A field of a worker's thread in /proc/PID/task/TID/status; empty when there is no such thread."""
+        thread = self.counters.workers[worker]["thread"]
         try:
-            with open(f"/proc/{self.pid}/task/{self.worker['thread']}/status") as status:
+            with open(f"/proc/{self.pid}/task/{thread}/status") as status:
                 return next(line.split()[1] for line in status if line.startswith(f"{field}:"))
         except (FileNotFoundError, ProcessLookupError):
             return ""
