@@ -28,8 +28,8 @@ BEHIND, HOLE = "198.51.100.7", "203.0.113.9"
 class Net(Crossroads):
     """Behind the server is 198.51.100.0/24; 203.0.113.0/24 is a blackhole."""
 
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
+    def __init__(self, lab: Lab, workers: int) -> None:
+        super().__init__(lab, workers)
         self.router.route("198.51.100.0/24", via=SERVER)
         self.server.address("lo", f"{BEHIND}/32")
         self.router.netlink("route", "add", dst="203.0.113.0/24", type="blackhole")
@@ -37,14 +37,14 @@ class Net(Crossroads):
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
+def net(workers: int) -> Iterator[Net]:
     with Lab(ipv6=True) as lab:
-        yield Net(lab)
+        yield Net(lab, workers)
 
 
 @pytest.fixture(scope="module")
 def router(net: Net) -> Iterator[RouterProcess]:
-    with RouterProcess(net.router, *net.PORTS) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
         net.client.ping(BEHIND)
         yield process
 
