@@ -21,6 +21,7 @@ STOP, TAP = 0, 8
 # Words of the statistics block. Ports and reasons follow at `FIRST_PORT`.
 HEARTBEAT, BURSTS, SYSCALLS, PARKS, UPDATES, PARKED, CONSUMED, THREAD = range(0, 64, 8)
 WORKER_COUNTERS = ("heartbeat", "bursts", "syscalls", "parks", "updates", "parked", "consumed", "thread")
+STOPPED = 2  # of PARKED: 0 turning, 1 asleep for want of packets
 FIRST_PORT = 64
 
 

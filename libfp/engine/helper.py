@@ -20,24 +20,38 @@ from libfp.engine.context import (
     POLL_FDS,
     PUNT_RING,
     STATISTICS,
+    STOPPED,
     Context,
 )
 from libfp.engine.loop import MSG_DONTWAIT, PARK_MILLISECONDS
 from libfp.engine.punt import PuntSlots
-from libfp.jit import Arena, call, entry, load64, load_acquire64, pause, store64, store_release64
+from libfp.jit import Arena, call, entry, kernel, load64, load_acquire64, pause, store64, store_release64
 from libfp.ports.rings import FD
 
 _IDLE_TURNS = 2000
 
 
+@kernel
+def _gather(contexts, count, fds):  # type: ignore[no-untyped-def]
+    """What poll(2) is to watch, to the array at `fds`: the sockets of the workers that run. How many there are."""
+    n = 0
+    for worker in range(count):
+        context = Context(load64(contexts + 8 * worker))
+        stopped = load_acquire64(load64(context.at + STATISTICS) + PARKED) == STOPPED
+        for port in range(context.port_count):
+            store64(fds + 8 * n, -1 if stopped else load64(load64(context.at + POLL_FDS) + 8 * port))
+            n += 1
+    return n
+
+
 @entry
-def _help(control, contexts, count, fds, fd_count):  # type: ignore[no-untyped-def]
+def _help(control, contexts, count, fds):  # type: ignore[no-untyped-def]
     calls, idle = 0, 0
     while load_acquire64(control) == 0:
         before, parked = calls, 0
         for worker in range(count):
             context = Context(load64(contexts + 8 * worker))
-            parked += load_acquire64(load64(context.at + STATISTICS) + PARKED)
+            parked += int(load_acquire64(load64(context.at + STATISTICS) + PARKED) != 0)
             for port in range(context.port_count):
                 rings = context.rings(port)
                 if rings.wants_tx_kick():
@@ -53,7 +67,7 @@ def _help(control, contexts, count, fds, fd_count):  # type: ignore[no-untyped-d
         store_release64(control + 64, calls)
         idle = 0 if calls != before else idle + 1
         if idle > _IDLE_TURNS and parked == count:
-            call(load64(Context(load64(contexts)).at + LIBC_POLL), fds, fd_count, PARK_MILLISECONDS, 0, 0, 0)
+            call(load64(load64(contexts) + LIBC_POLL), fds, _gather(contexts, count, fds), PARK_MILLISECONDS, 0, 0, 0)
         else:
             pause()
 
@@ -62,14 +76,12 @@ class Helper:
     """Kicks for the workers whose contexts it is given, pinned to `core` if one is named."""
 
     def __init__(self, contexts: Sequence[Context], core: int | None) -> None:
-        fds = [load64(load64(one.at + POLL_FDS) + 8 * port) for one in contexts for port in range(one.port_count)]
-        self._arena = Arena(128 + 8 * len(contexts) + 8 * len(fds))
+        ports = sum(context.port_count for context in contexts)
+        self._arena = Arena(128 + 8 * len(contexts) + 8 * ports)
         self._at, self._core = self._arena.address, core
-        words = [*(context.at for context in contexts), *fds]
-        for number, value in enumerate(words):
-            store64(self._at + 128 + 8 * number, value)
-        at = self._at + 128
-        self._arguments = (self._at, at, len(contexts), at + 8 * len(contexts), len(fds))
+        for number, context in enumerate(contexts):
+            store64(self._at + 128 + 8 * number, context.at)
+        self._arguments = (self._at, self._at + 128, len(contexts), self._at + 128 + 8 * len(contexts))
         store64(self._at, 1)
         _help(*self._arguments)  # compiles, and returns at once
         store64(self._at, 0)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from libfp.engine.context import HEARTBEAT, PARKED, STATISTICS, THREAD
+from libfp.engine.context import HEARTBEAT, PARKED, STATISTICS, STOPPED, THREAD
 from libfp.engine.state import WorkerState
 from libfp.errors import Error
 from libfp.jit import load64, load_acquire64, store64
@@ -116,8 +116,8 @@ class Worker:
     def stop(self, timeout: float = STOP_SECONDS) -> bool:
         """Leave the queues to Linux, finish what has arrived, end the thread; whether it has ended.
 
-        Waits `timeout` seconds for a stage that does not return. After that the worker is `dead`: it is called no more,
-        and everything that its thread could still touch is kept. Nothing happens when it has been stopped already.
+        Waits `timeout` seconds for a stage that does not return. After that the worker is `dead`: all that its thread
+        could still touch is kept, and `start` raises until it has come back. Nothing happens when it stands already.
         """
         with self._switch:
             return self._thread is None or self._stop(self._thread, timeout)
@@ -137,7 +137,7 @@ class Worker:
                 log.error("%s: its traffic stays with Linux", self._not_back())
             return False
         self._thread = None
-        store64(self._statistics + PARKED, 1)  # its word is ours now: nobody need stay awake for it
+        store64(self._statistics + PARKED, STOPPED)  # its word is ours now: nobody need stay awake for it
         self.state.replicas.stop()
         return True
 

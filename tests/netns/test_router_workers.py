@@ -34,9 +34,9 @@ def router(net: Crossroads) -> Iterator[Callable[..., Instance]]:
     """Start the router of `libfp.testing.faulty` on these cores."""
     with contextlib.ExitStack() as undo:
 
-        def begin(*cores: int) -> Instance:
+        def begin(*cores: int, kick: str = "inline") -> Instance:
             name, on = f"workers-{os.getpid()}", ",".join(map(str, cores))
-            return Instance.faulty(net.router, undo, name, list(net.PORTS), on, {"kick": "inline"}, prefer="nothing")
+            return Instance.faulty(net.router, undo, name, list(net.PORTS), on, {"kick": kick}, prefer="nothing")
 
         yield begin
 
@@ -80,8 +80,9 @@ def test_a_worker_stops_and_starts_and_the_other_loses_nothing(
     assert second.result.lost <= 6 * PAUSE
 
 
-def test_a_worker_is_added_while_another_forwards(net: Crossroads, router: Callable[..., Instance]) -> None:
-    app = router(CORES[0])
+@pytest.mark.parametrize("kick", ["inline", "helper"])
+def test_a_worker_is_added_while_another_forwards(net: Crossroads, router: Callable[..., Instance], kick: str) -> None:
+    app = router(CORES[0], kick=kick)
     assert len(app.counters.workers) == 1
     with flow_through(net, app, 0) as first:
         for core, said in ((CORES[0], "has a worker already"), (4095, "no core 4095 for a worker")):
