@@ -26,8 +26,8 @@ PREFIX, PREFIX6 = "10.9.9.0/24", "2001:db8:9::/48"
 class Net(Crossroads):
     """An address that both `server` and `other` have."""
 
-    def __init__(self, lab: Lab, workers: int) -> None:
-        super().__init__(lab, workers)
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
         for host, end in ((self.server, "s0"), (self.other, "o0")):
             host.address(end, f"{ANYCAST}/32")
             host.address(end, f"{ANYCAST6}/128")
@@ -41,14 +41,14 @@ class Net(Crossroads):
 
 
 @pytest.fixture(scope="module")
-def net(workers: int) -> Iterator[Net]:
+def net() -> Iterator[Net]:
     with Lab(ipv6=True) as lab:
-        yield Net(lab, workers)
+        yield Net(lab)
 
 
 @pytest.fixture(scope="module")
 def router(net: Net) -> Iterator[RouterProcess]:
-    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
+    with RouterProcess(net.router, *net.PORTS) as process:
         yield process
 
 

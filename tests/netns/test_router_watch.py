@@ -55,8 +55,9 @@ def fp(router: RouterProcess, *arguments: str, **more: Any) -> subprocess.Popen[
 
 
 def taps(router: RouterProcess) -> int:
-    """How many taps the router has open: it maps the shared memory of each."""
-    return Path(f"/proc/{router.process.pid}/maps").read_text().count("memfd:libfp-tap")
+    """How many taps the router has open: it maps the shared memory of each, one a worker."""
+    mapped = Path(f"/proc/{router.process.pid}/maps").read_text().count("memfd:libfp-tap")
+    return -(-mapped // len(router.ready["cores"]))
 
 
 def trace(net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Sequence[Any] = ()) -> str:
@@ -70,7 +71,7 @@ def trace(net: Net, router: RouterProcess, to: str, count: int, *words: str, pin
 
 def test_a_packet_through_every_stage_and_the_route_that_decided(net: Net, router: RouterProcess) -> None:
     out = trace(net, router, BEHIND, 1, "icmp", "and", "dst", BEHIND)
-    assert re.search(r"^1  \d\d:\d\d:\d\d\.\d{9}  in r0, worker 0, 98 bytes$", out, re.M), out
+    assert re.search(r"^1  \d\d:\d\d:\d\d\.\d{9}  in r0, worker [01], 98 bytes$", out, re.M), out
     assert re.search(rf"^   IPv4 {CLIENT} > {BEHIND}, ICMP echo request, TTL 64, 02:", out, re.M), out
     assert re.search(r"^   parse    a sound IPv4 header$", out, re.M), out
     assert re.search(r"^   forward  forward r1$", out, re.M), out
