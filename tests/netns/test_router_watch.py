@@ -157,7 +157,7 @@ def test_the_time_of_each_stage(net: Net, router: RouterProcess) -> None:
     assert list(stages) == ["parse", "forward", "carry out"]
     assert stages["forward"]["packets"] >= 100
     assert 0 < stages["forward"]["ns"] < 100_000
-    assert told["workers"][0]["received"] == told["received"] > 0
+    assert sum(worker["received"] for worker in told["workers"]) == told["received"] > 0
     wait_until(lambda: taps(router) == 1, what="one page, kept")
     table = subprocess.run([*command[:-1], "--once"], capture_output=True, text=True, timeout=30, check=True).stdout
     assert "ns a packet" in table
