@@ -20,6 +20,7 @@ from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
     "forward": ("full table", "one route"),
+    "idle": ("cpu", "wake"),
     "lpm4": ("random", "in-prefix", "zipf", "build"),
     "lpm6": ("in-prefix", "zipf"),
     "ring": tuple(f"{kind} burst {burst}" for kind in ("spsc", "mpmc") for burst in (1, 8, 32, 128)),

@@ -125,7 +125,7 @@ def tables(
     workers = table("worker", "core", "received", "a second", "packets a burst", "system calls", "a second", "parks")
     cores = reader.description.get("cores", [])
     for number, mine in enumerate(counters.workers):
-        past = mine if before is None else before.workers[number]
+        past = mine if before is None or number >= len(before.workers) else before.workers[number]
         packets, bursts = mine["received"] - past["received"], mine.get("bursts", 0) - past.get("bursts", 0)
         if before is None:
             packets, bursts = mine["received"], mine.get("bursts", 0)

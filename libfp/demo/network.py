@@ -22,12 +22,15 @@ class DemoFailed(Error):
 
 
 class Network:
-    """Three hosts in a `Lab`; every wire is a veth pair, every address and route is set before the router starts."""
+    """Three hosts in a `Lab`; every wire is a veth pair, every address and route is set before the router starts.
 
-    def __init__(self, lab: Lab) -> None:
+    `queues` is how many each end of a wire has: one for each worker.
+    """
+
+    def __init__(self, lab: Lab, queues: int = 1) -> None:
         self.client, self.router, self.server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(self.client, "c0", self.router, "r0")
-        lab.link(self.router, "r1", self.server, "s0")
+        lab.link(self.client, "c0", self.router, "r0", queues=queues)
+        lab.link(self.router, "r1", self.server, "s0", queues=queues)
         self.client.address("c0", f"{CLIENT}/24")
         self.router.address("r0", "10.0.1.1/24")
         self.router.address("r1", "10.0.2.1/24")

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("libfp.engine")
 
-KEEPER_SECONDS = 0.02
+KEEPER_SECONDS, KEEPER_PARKED_SECONDS = 0.02, 0.05  # between two looks, and while every worker is parked
 
 
 class Application:
     """A pipeline on its ports. A context manager; `Pipeline.start` makes it.
+
+    `workers` are its `Worker`s, each of which can be stopped, started and restarted while the others forward, and
+    `add_worker` makes one more.
 
     ports: of one kind, from `Linux.ports` or `MemoryPort`s. cores: one worker each, the first allowed core if None.
     name: how `fp stats` finds it. kick: who makes AF_XDP's system calls, "inline" (the worker, at most one a burst),
@@ -50,21 +53,22 @@ class Application:
         frame_size: int = 2048,
         sealed: bool = False,
     ) -> None:
-        allowed = sorted(os.sched_getaffinity(0))
+        allowed = self._allowed = sorted(os.sched_getaffinity(0))
         self.cores = list(cores) if cores else allowed[:1]
         self.pipeline, self.ports = pipeline, list(ports)
         self.name = name or f"pipeline-{os.getpid()}"
         self.real = any(getattr(port, "is_real", False) for port in self.ports)
-        self._spare = [core for core in allowed if core not in self.cores]
-        self.kick, self.idle = _choose_kick(kick, self.real, len(self._spare)), idle if self.real else "spin"
+        spare = len(set(allowed) - set(self.cores))
+        self.kick, self.idle = _choose_kick(kick, self.real, spare), idle if self.real else "spin"
         self.frame_size, self.sealed = frame_size, sealed
-        _check(self, allowed)
+        _check(self)
         self.workers: list[Worker] = []
         self.page: StatsPage | None = None
         self.helper: Helper | None = None
         self.control = Control()  # what other processes may ask: `fp trace` and the like
         self._owner = getattr(self.ports[0], "owner", None)
         self._states: list[WorkerState] = []
+        self._changing = threading.Lock()  # among those who add workers and who stops
         self.taps = Taps(lambda: [(w.state.memory, w.running) for w in self.workers], len(pipeline.stages))
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -75,9 +79,7 @@ class Application:
             self._open()
             for worker in self.workers:
                 worker.prepare()
-            if self.kick == "helper":
-                core = self._spare[0] if self._spare else None
-                self.helper = Helper([state.memory.context for state in self._states], core)
+            self._help()
             if self._owner is not None:
                 self._owner.started([state.punt_ring for state in self._states])
             for worker in self.workers:
@@ -98,6 +100,7 @@ class Application:
                 "ports": [port.name for port in self.ports],
                 "reasons": self.pipeline.reasons.names,
                 "workers": len(self.cores),
+                "room": len(self._allowed),
                 "cores": self.cores,
                 "worker_counters": context.WORKER_COUNTERS,
                 "port_counters": COUNTER_NAMES,
@@ -111,20 +114,69 @@ class Application:
         memory.register(start, len(self.page.page))
         self._page_start = start
         for number in range(len(self.cores)):
-            state = WorkerState(
-                self.pipeline,
-                type(self.ports[0]).open_all,
-                self.ports,
-                number,
-                start + self.page.block_offset(number),
-                frame_size=self.frame_size,
-                punt=self._owner is not None,
-            )
-            self._states.append(state)
-        loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
+            self._states.append(self._state(number))
+        self._loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
         for number, (core, state) in enumerate(zip(self.cores, self._states, strict=True)):
-            self.workers.append(Worker(number, core, state, self.ports, loop))
+            self.workers.append(Worker(number, core, state, self.ports, self._loop))
         self.page.describe(zero_copy=self.zero_copy)
+
+    def _state(self, number: int) -> WorkerState:
+        assert self.page is not None
+        return WorkerState(
+            self.pipeline,
+            type(self.ports[0]).open_all,
+            self.ports,
+            number,
+            self._page_start + self.page.block_offset(number),
+            frame_size=self.frame_size,
+            punt=self._owner is not None,
+        )
+
+    def _help(self) -> None:
+        """A helper for all the workers there are, in place of the one before: what it missed, it sees."""
+        if self.kick != "helper":
+            return
+        if self.helper is not None:
+            helper, self.helper = self.helper, None
+            helper.close()
+        spare = [core for core in self._allowed if core not in self.cores]
+        self.helper = Helper([state.memory.context for state in self._states], spare[0] if spare else None)
+
+    def add_worker(self, core: int) -> Worker:
+        """One more worker, on `core`, for the next queue of every port; return it when it forwards.
+
+        The others go on meanwhile. Raises BadInput for a core that this process may not use or that has a worker, and
+        where a port has no further queue; Error when the application does not run; what `Worker.start` raises. Nothing
+        has changed then.
+        """
+        with self._changing:
+            if self.page is None or self._keeper is None or self._ended.is_set():
+                raise Error("a worker for an application that does not run", "call start() first")
+            _check_core(core, self._allowed)
+            if core in self.cores:
+                raise BadInput(f"core {core} has a worker already", "one worker a core")
+            state = self._state(len(self._states))
+            worker = Worker(len(self._states), core, state, self.ports, self._loop)
+            self.cores.append(core)
+            self._states.append(state)
+            handed = False
+            try:
+                worker.prepare()
+                self._help()
+                worker.start()
+                if self._owner is not None:
+                    handed = True
+                    self._owner.started([state.punt_ring])
+            except BaseException:
+                ended = worker.stop()
+                self.cores.remove(core)
+                self._states.remove(state)
+                self._help()
+                state.close() if ended and not handed else _keep([worker, self.page])
+                raise
+            self.workers.append(worker)
+            self.page.describe(workers=len(self.workers), cores=self.cores, zero_copy=self.zero_copy)
+            return worker
 
     @property
     def zero_copy(self) -> bool:
@@ -132,7 +184,9 @@ class Application:
         return all(port.zero_copy for state in self._states for port in state.open_ports)
 
     def _keep(self) -> None:
-        while not self._ended.wait(KEEPER_SECONDS):
+        pause = KEEPER_SECONDS
+        while not self._ended.wait(pause):
+            pause = KEEPER_PARKED_SECONDS if all(worker.parked for worker in self.workers) else KEEPER_SECONDS
             for worker in self.workers:
                 worker.watch()
                 worker.state.replicas.flush()
@@ -165,26 +219,38 @@ class Application:
             log.info("interrupted: leaving the traffic to Linux")
 
     def stop(self) -> None:
-        """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated."""
+        """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated.
+
+        A worker that does not come back from a stage is given two seconds (see `Worker.stop`). Its traffic is Linux's
+        then, but what it could still touch stays until the process ends: memory, and its sockets on its queues.
+        """
         self._ended.set()
         self.control.close()
         if self._keeper is not None:
             self._keeper.join()
-        for worker in self.workers:
-            worker.stop()
+        with self._changing:
+            self._stop()
+
+    def _stop(self) -> None:
+        dead = [worker for worker in self.workers if not worker.stop()]
         if self.helper is not None:
             self.helper.close()
             self.helper = None
         if self._owner is not None:
             self._owner.stopped()
-        if self._states:
+        if dead:
+            _keep([self.taps, self.page, dead])
+        elif self._states:
             self.taps.close_all()
         while self._states:
-            self._states.pop().close()
+            state = self._states.pop()
+            if all(worker.state is not state for worker in dead):
+                state.close()
         for port in self.ports:
             port.close()
         if self.page is not None and self.page.fd >= 0:
-            memory.unregister(self._page_start)
+            if not dead:
+                memory.unregister(self._page_start)
             self.page.close()
 
     def __enter__(self) -> Self:
@@ -207,14 +273,24 @@ def _choose_kick(asked: str, real: bool, spare: int) -> str:
     return asked
 
 
-def _check(app: Application, allowed: list[int]) -> None:
+def _keep(what: object) -> None:
+    """Never free it, nor what it refers to, not even while the interpreter ends: a thread may still use it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(what))
+
+
+def _check_core(core: int, allowed: list[int]) -> None:
+    if core not in allowed:
+        raise BadInput(f"no core {core} for a worker", f"this process may use {', '.join(map(str, allowed))}")
+
+
+def _check(app: Application) -> None:
     if not app.ports:
         raise BadInput("no ports", "name at least one")
     if len({type(port) for port in app.ports}) > 1:
         kinds = ", ".join(sorted({type(port).__name__ for port in app.ports}))
         raise BadInput(f"ports of several kinds in one pipeline ({kinds})", "give it ports of one kind")
-    if bad := [core for core in app.cores if core not in allowed]:
-        raise BadInput(f"no core {bad[0]} for a worker", f"this process may use {', '.join(map(str, allowed))}")
+    for core in app.cores:
+        _check_core(core, app._allowed)
     if len(set(app.cores)) != len(app.cores):
         raise BadInput(f"cores {app.cores} name a core twice", "one worker a core")
     if app.idle not in ("park", "spin"):

@@ -21,6 +21,7 @@ STOP, TAP = 0, 8
 # Words of the statistics block. Ports and reasons follow at `FIRST_PORT`.
 HEARTBEAT, BURSTS, SYSCALLS, PARKS, UPDATES, PARKED, CONSUMED, THREAD = range(0, 64, 8)
 WORKER_COUNTERS = ("heartbeat", "bursts", "syscalls", "parks", "updates", "parked", "consumed", "thread")
+STOPPED = 2  # of PARKED: 0 turning, 1 asleep for want of packets
 FIRST_PORT = 64
 
 
@@ -77,6 +78,11 @@ class ContextMemory:
     def stop(self, now: bool) -> None:
         """Ask the loop to end after this burst, or let it run again."""
         store_release64(self.control.address + STOP, int(now))
+
+    @property
+    def stopping(self) -> bool:
+        """What `stop` was last called with."""
+        return load64(self.control.address + STOP) != 0
 
     def tap(self, address: int) -> None:
         """Have the worker show what it does through the block at `address`, 0: no longer; see `libfp.engine.tap`."""

@@ -118,7 +118,7 @@ class StatsPage:
     """The writer's side: the page of one instance, removed with the process.
 
     `description` has at least `ports`, `reasons`, `workers`, `worker_counters`, `port_counters`, `first_port`,
-    `port_stride`; raises AlreadyRunning if another process holds the name.
+    `port_stride`, and perhaps `room` (for how many workers); raises AlreadyRunning if another process holds the name.
     """
 
     def __init__(self, name: str, description: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class StatsPage:
         self.name = name
         self.description = {**description, "name": name, "pid": os.getpid(), "block": block}
         self.fd = os.memfd_create(_PREFIX + name, os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, _HEADER + block * description["workers"])
+        os.ftruncate(self.fd, _HEADER + block * max(description["workers"], description.get("room", 0)))
         self.page = mmap.mmap(self.fd, 0)
         self.describe()
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from libfp.engine.context import HEARTBEAT, STATISTICS, THREAD
+from libfp.engine.context import HEARTBEAT, PARKED, STATISTICS, STOPPED, THREAD
 from libfp.engine.state import WorkerState
 from libfp.errors import Error
 from libfp.jit import load64, load_acquire64, store64
@@ -17,10 +17,15 @@ from libfp.jit import load64, load_acquire64, store64
 log = logging.getLogger("libfp.worker")
 
 STALL_SECONDS = 0.1
+STOP_SECONDS = 2.0  # for a stage to return: a burst takes microseconds
 
 
 class Worker:
-    """Worker `number`, on `core`. Traffic comes to it between `start` and `stop`; both may be called again."""
+    """Worker `number`, on `core`, of `Application.workers`. Traffic comes to it between `start` and `stop`.
+
+    `stop`, `start` and `restart` may be called while the other workers forward, which lose nothing by it: they touch
+    this worker's queues and memory only. While it stands, Linux forwards what its queues receive. Thread-safe.
+    """
 
     def __init__(self, number: int, core: int, state: WorkerState, ports: list[Any], loop: Callable[..., Any]) -> None:
         self.number, self.core, self.state = number, core, state
@@ -29,6 +34,7 @@ class Worker:
         self._statistics = load64(state.memory.arena.address + STATISTICS)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # between the keeper, which watches, and whoever starts and stops
+        self._switch = threading.RLock()  # among those who start and stop
         self._taking = self._stalled = False
         self._seen = (0, 0.0)
 
@@ -46,10 +52,32 @@ class Worker:
     def running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def dead(self) -> bool:
+        """Told to stop, and still in a stage that does not return: its traffic is Linux's, its memory may be in use."""
+        return self.running and self.state.memory.stopping
+
+    @property
+    def parked(self) -> bool:
+        """Asleep for want of packets, or stopped."""
+        return load_acquire64(self._statistics + PARKED) != 0
+
     def start(self, timeout: float = 60.0) -> None:
-        """Start the thread, wait until its loop turns, then let its queues' packets come to it."""
-        if self.running:
-            return
+        """Start the thread, wait until its loop turns, then let its queues' packets come to it.
+
+        Nothing happens when it runs already. Raises Error when its thread fails, does not turn within `timeout`
+        seconds, or has not returned since it was told to stop.
+        """
+        with self._switch:
+            if self.dead:
+                raise self._not_back()
+            if not self.running:
+                self._start(timeout)
+
+    def _not_back(self) -> Error:
+        return Error(f"worker {self.number} has not come back from a stage", "look for the loop in it that never ends")
+
+    def _start(self, timeout: float) -> None:
         self.state.replicas.reset()
         self.state.memory.stop(False)
         began, self.error = self.heartbeat, None
@@ -72,6 +100,7 @@ class Worker:
         try:
             os.sched_setaffinity(0, {self.core})
             store64(self._statistics + THREAD, threading.get_native_id())
+            store64(self._statistics + PARKED, 0)
             self._loop(*arguments)
         except BaseException as error:
             self.error = error
@@ -84,25 +113,39 @@ class Worker:
             for port in self._ports:
                 (port.take if yes else port.leave)(self.number)
 
-    def stop(self) -> None:
-        """Leave the queues to Linux, finish what has arrived, end the thread. Waits for it."""
-        if self._thread is None:
-            return
+    def stop(self, timeout: float = STOP_SECONDS) -> bool:
+        """Leave the queues to Linux, finish what has arrived, end the thread; whether it has ended.
+
+        Waits `timeout` seconds for a stage that does not return. After that the worker is `dead`: all that its thread
+        could still touch is kept, and `start` raises until it has come back. Nothing happens when it stands already.
+        """
+        with self._switch:
+            return self._thread is None or self._stop(self._thread, timeout)
+
+    def _stop(self, thread: threading.Thread, timeout: float) -> bool:
         with self._lock:
             self._stalled = False
             self._take(False)
         began, deadline = self.heartbeat, time.monotonic() + 0.05
         while self.running and self.heartbeat < began + 64 and time.monotonic() < deadline:
             time.sleep(0.0005)  # a few turns more, for packets that were in the rings
+        told = self.dead
         self.state.memory.stop(True)
-        self._thread.join()
+        thread.join(0 if told else timeout)
+        if thread.is_alive():
+            if not told:
+                log.error("%s: its traffic stays with Linux", self._not_back())
+            return False
         self._thread = None
+        store64(self._statistics + PARKED, STOPPED)  # its word is ours now: nobody need stay awake for it
         self.state.replicas.stop()
+        return True
 
     def restart(self) -> None:
-        """Stop and start, with fresh replicas; the other workers never notice."""
-        self.stop()
-        self.start()
+        """Stop and start, with fresh replicas; the other workers never notice. Raises what `start` raises."""
+        with self._switch:
+            self.stop()
+            self.start()
 
     def watch(self) -> None:
         """The watchdog's look: a loop that stands still for 100 ms loses its traffic to Linux until it moves again."""

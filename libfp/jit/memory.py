@@ -150,6 +150,7 @@ class Arena:
         self.address = base + (room - size) // 8 * 8 if flush_end else base
         register(self.address, size)
         self._finalizer = weakref.finalize(self, _release, start, total)
+        self._finalizer.atexit = False  # a thread that nobody could stop may use it until the process has ended
 
     @property
     def buffer(self) -> memoryview:

@@ -180,7 +180,7 @@ class Linux:
     # -- for the application that runs on the ports
 
     def started(self, rings: Sequence[PuntRing | None]) -> None:
-        """An application runs: its workers' punt rings are drained from now on."""
+        """An application runs, or has more workers: their punt rings are drained from now on."""
         for port, tap in zip(self.ports, self.punt.taps, strict=True):
             tap.mark(port.attachment.marker if port.attachment is not None else b"")
         self.mirror.call(self._pause)  # what has changed while the programs were attached

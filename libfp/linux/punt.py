@@ -20,7 +20,7 @@ from libfp.linux.tap import Tap
 if TYPE_CHECKING:
     from libfp.engine.punt import PuntRing
 
-NAP = 0.1  # seconds: whoever wakes us looks again in every turn; this is for one that has stopped turning
+NAP = 0.5  # seconds: whoever wakes us looks again in every turn; this is for one that has stopped turning
 
 
 class PuntPath:
@@ -43,14 +43,13 @@ class PuntPath:
         self.taps[port].write(frame)
 
     def start(self, rings: Sequence[PuntRing]) -> None:
-        """Drain these rings from now on, each in a thread of its own."""
+        """Drain these rings too from now on, each in a thread of its own."""
         self._stopping.clear()
-        self._rings = list(rings)
-        self._threads = [
-            threading.Thread(target=self._drain, args=(ring,), name=f"libfp-punt-{number}", daemon=True)
-            for number, ring in enumerate(self._rings)
-        ]
-        for thread in self._threads:
+        for ring in rings:
+            name = f"libfp-punt-{len(self._rings)}"
+            thread = threading.Thread(target=self._drain, args=(ring,), name=name, daemon=True)
+            self._rings.append(ring)
+            self._threads.append(thread)
             thread.start()
 
     def _drain(self, ring: PuntRing) -> None:

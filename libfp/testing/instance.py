@@ -28,11 +28,11 @@ class Instance:
     It is killed, and waited for, when `undo` is closed. It runs before other work that wants its core, as if that core
     were its own: a test that shares a machine then measures the router and not the scheduler. `prefer="worker"` is for
     one with a helper where that has to share its core with the ends of the traffic, and with the kernel's threads that
-    carry it between them: only the worker goes first.
+    carry it between them: only the worker goes first. `prefer="nothing"` is for one with a worker on every core.
     """
 
     def __init__(
-        self, host: Host, undo: ExitStack, *arguments: str, prefer: Literal["process", "worker"] = "process"
+        self, host: Host, undo: ExitStack, *arguments: str, prefer: Literal["process", "worker", "nothing"] = "process"
     ) -> None:
         self._errors = undo.enter_context(tempfile.TemporaryFile("a+"))  # noqa: SIM115 -- it is one
         self.process: subprocess.Popen[str] = host.popen(
@@ -59,9 +59,16 @@ class Instance:
 
     @classmethod
     def faulty(
-        cls, host: Host, undo: ExitStack, name: str, ports: list[str], core: int, options: dict[str, Any], **more: Any
+        cls,
+        host: Host,
+        undo: ExitStack,
+        name: str,
+        ports: list[str],
+        core: int | str,
+        options: dict[str, Any],
+        **more: Any,
     ) -> Self:
-        """The router of `libfp.testing.faulty`, with these options of `Application`."""
+        """The router of `libfp.testing.faulty` on this core, or "0,1", with these options of `Application`."""
         arguments = [name, ",".join(ports), str(core), json.dumps(options)]
         return cls(host, undo, "-m", "libfp.testing.faulty", *arguments, **more)
 
@@ -84,10 +91,11 @@ class Instance:
         """The counters of its first worker."""
         return self._reader.counters().workers[0]
 
-    def thread_status(self, field: str) -> str:
-        """A field of that worker's thread in /proc/PID/task/TID/status; empty when there is no such thread."""
+    def thread_status(self, field: str, worker: int = 0) -> str:
+        """A field of a worker's thread in /proc/PID/task/TID/status; empty when there is no such thread."""
+        thread = self.counters.workers[worker]["thread"]
         try:
-            with open(f"/proc/{self.pid}/task/{self.worker['thread']}/status") as status:
+            with open(f"/proc/{self.pid}/task/{thread}/status") as status:
                 return next(line.split()[1] for line in status if line.startswith(f"{field}:"))
         except (FileNotFoundError, ProcessLookupError):
             return ""

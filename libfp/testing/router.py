@@ -39,14 +39,18 @@ class Crossroads:
 
     The neighbours' default routes lead to the router, which forwards. They take what comes to UDP port 9 (discard) and
     do not answer. In a lab with IPv6 the same with 2001:db8:N::1 and ::2 in place of 10.0.N.1 and .2.
+
+    `workers` is how many queues each wire has; `options` are those of `fp router` for as many workers.
     """
 
     CLIENT, SERVER, OTHER = "10.0.1.2", "10.0.2.2", "10.0.3.2"
     CLIENT6, SERVER6, OTHER6 = "2001:db8:1::2", "2001:db8:2::2", "2001:db8:3::2"
     PORTS = ("r0", "r1", "r2")
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab, self.router = lab, lab.host("router")
+    def __init__(self, lab: Lab, workers: int = 1) -> None:
+        self.lab, self.router, self.workers = lab, lab.host("router"), workers
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
+        self.options = ("--cores", cores, "--kick", "inline") if workers > 1 else ()
         self._sinks: list[socket.socket] = []
         for scope in ("all", "default"):  # not what this machine happens to have
             self.router.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
@@ -64,7 +68,7 @@ class Crossroads:
         if self.lab.ipv6:
             host.sysctl("net.ipv6.icmp.ratelimit", 0)
             host.sysctl("net.ipv6.conf.all.accept_dad", 0)
-        self.lab.link(host, end, self.router, port)
+        self.lab.link(host, end, self.router, port, queues=self.workers)
         self.router.address(port, f"10.0.{number + 1}.1/24")
         host.address(end, f"10.0.{number + 1}.2/24")
         host.route("default", via=f"10.0.{number + 1}.1")

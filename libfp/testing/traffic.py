@@ -9,6 +9,7 @@ Neither end needs a program installed: TCP runs in threads, UDP in processes of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -244,3 +246,21 @@ class UdpStream:
             self.stop()
         else:
             self.kill()
+
+
+@contextlib.contextmanager
+def stream_by(
+    counter: Callable[[], int], sender: Host, receiver: Host, address: str, rate: float, first_port: int = 5100
+) -> Iterator[UdpStream]:
+    """A stream that makes `counter` grow: of the worker whose queue it is to come by, which must have no other.
+
+    The sender's kernel chooses a queue by ports and addresses, so ports are tried from `first_port` on.
+    """
+    for port in range(first_port, first_port + 32):
+        before = counter()
+        with UdpStream(sender, receiver, address, rate, port=port) as stream:
+            wait_until(lambda: stream.received > 100, timeout=20)
+            if counter() > before + 50:
+                yield stream
+                return
+    raise AssertionError("32 streams, and none by that queue")

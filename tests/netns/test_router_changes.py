@@ -25,8 +25,8 @@ RATE = 3000  # datagrams a second on a route that does not change
 class Net(Crossroads):
     """`EITHER` is an address of the server and of the other host: routes decide who gets its packets."""
 
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
+    def __init__(self, lab: Lab, workers: int = 1) -> None:
+        super().__init__(lab, workers)
         for host in (self.server, self.other):
             host.address("lo", f"{EITHER}/32")
 
@@ -43,10 +43,10 @@ class Net(Crossroads):
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[tuple[Net, RouterProcess]]:
+def running(workers: int) -> Iterator[tuple[Net, RouterProcess]]:
     with Lab() as lab:
-        net = Net(lab)
-        with RouterProcess(net.router, *net.PORTS) as process:
+        net = Net(lab, workers)
+        with RouterProcess(net.router, *net.PORTS, *net.options) as process:
             yield net, process
 
 

@@ -20,14 +20,14 @@ MEGABYTE = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Crossroads]:
+def net(workers: int) -> Iterator[Crossroads]:
     with Lab(ipv6=True) as lab:
-        yield Crossroads(lab)
+        yield Crossroads(lab, workers)
 
 
 @pytest.fixture(scope="module")
 def router(net: Crossroads) -> Iterator[RouterProcess]:
-    with RouterProcess(net.router, *net.PORTS) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
         wait_until(lambda: net.client.ping(SERVER, count=1).received and net.client.ping(OTHER, count=1).received)
         wait_until(lambda: net.client.ping(Crossroads.SERVER, count=1).received)
         yield process

@@ -44,8 +44,8 @@ table ip seen {
 class Net(Crossroads):
     """What comes in by r0 is routed by a table of its own, to the other host whatever its destination."""
 
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
+    def __init__(self, lab: Lab, workers: int) -> None:
+        super().__init__(lab, workers)
         self.router.route("default", via=OTHER, table=TABLE)
         self.router.netlink("rule", "add", iifname="r0", table=TABLE, priority=100)
         self.router.run(["nft", NFT], check=True)
@@ -58,22 +58,27 @@ class Net(Crossroads):
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
+def net(workers: int) -> Iterator[Net]:
     with Lab() as lab:
-        yield Net(lab)
+        yield Net(lab, workers)
 
 
-def test_without_bypass_such_a_host_is_refused(net: Net) -> None:
-    with RouterProcess(net.router, *net.PORTS, wait=False) as process:
+@pytest.fixture(scope="module")
+def refusal(net: Net) -> str:
+    """What it says without --bypass, before another one runs there."""
+    with RouterProcess(net.router, *net.PORTS, *net.options, wait=False) as process:
         assert process.wait(60) == 2
-        error = process.said().strip().splitlines()[-1]
+        return process.said().strip().splitlines()[-1]
+
+
+def test_without_bypass_such_a_host_is_refused(refusal: str) -> None:
     for word in ("policy rule 100", "iif r0", "nftables chain ip seen prerouting", "--bypass"):
-        assert word in error
+        assert word in refusal
 
 
 @pytest.fixture(scope="module", params=["native", "skb"])
-def router(net: Net, request: pytest.FixtureRequest) -> Iterator[RouterProcess]:
-    with RouterProcess(net.router, *net.PORTS, "--bypass", "--mode", request.param) as process:
+def router(net: Net, refusal: str, request: pytest.FixtureRequest) -> Iterator[RouterProcess]:
+    with RouterProcess(net.router, *net.PORTS, *net.options, "--bypass", "--mode", request.param) as process:
         attached = net.router.netlink("get_links", net.router.index("r0"))[0].get_nested(
             "IFLA_XDP", "IFLA_XDP_ATTACHED"
         )

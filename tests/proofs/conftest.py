@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,21 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
+def workers() -> int:
+    """How many the router has, on as many cores and queues; a module may have others."""
+    return 1
+
+
+@pytest.fixture(scope="module")
+def network(workers: int) -> Iterator[Network]:
     try:
         check_af_xdp()
     except Unsupported as error:
         pytest.skip(str(error))
     with Lab() as lab:
-        made = Network(lab)
-        made.place()
+        made = Network(lab, queues=workers)
+        if workers == 1:
+            made.place()
         assert made.client.ping(SERVER).received  # neighbours are known, and Linux forwards by itself
         yield made
 
@@ -37,18 +45,31 @@ def core() -> int:
 
 
 @pytest.fixture
-def fp_router(network: Network, core: int) -> Iterator[Callable[..., Instance]]:
-    """Start `fp router` on both ports with these options; it is killed at the end of the test."""
-    with ExitStack() as undo:
-        ports = ("r0", "r1", "--cores", str(core))
-        yield lambda *options, **more: Instance.router(network.router, undo, *ports, *options, **more)
+def cores(workers: int, core: int) -> str:
+    """Where the workers run: `core` for one."""
+    return str(core) if workers == 1 else ",".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
 
 
 @pytest.fixture
-def faulty(network: Network, core: int) -> Iterator[Callable[..., Instance]]:
+def fp_router(network: Network, workers: int, cores: str) -> Iterator[Callable[..., Instance]]:
+    """Start `fp router` on both ports with these options; it is killed at the end of the test."""
+    with ExitStack() as undo:
+        ports = ("r0", "r1", "--cores", cores)
+        yield lambda *options, **more: Instance.router(
+            network.router, undo, *ports, *options, **{**_prefer(workers), **more}
+        )
+
+
+@pytest.fixture
+def faulty(network: Network, workers: int, cores: str) -> Iterator[Callable[..., Instance]]:
     """Start the router of `libfp.testing.faulty` with these options; it is killed at the end of the test."""
     with ExitStack() as undo:
         name, ports = f"faulty-{os.getpid()}-{next(_numbers)}", ["r0", "r1"]
         yield lambda options=None, **more: Instance.faulty(
-            network.router, undo, name, ports, core, options or {}, **more
+            network.router, undo, name, ports, cores, options or {}, **{**_prefer(workers), **more}
         )
+
+
+def _prefer(workers: int) -> dict[str, Any]:
+    """One worker has a core of its own; several have them all, and share them with the ends of the traffic."""
+    return {} if workers == 1 else {"prefer": "nothing"}

@@ -6,9 +6,12 @@ was lost. Half a second of traffic before an event and half a second after it be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import signal
 from collections.abc import Callable
+from typing import Any, Self
 
 import pytest
 
@@ -16,35 +19,89 @@ from libfp.demo.network import SERVER, Network
 from libfp.engine.stats import instances
 from libfp.testing.instance import Instance
 from libfp.testing.netns import wait_until
-from libfp.testing.traffic import StreamResult, UdpStream
+from libfp.testing.traffic import UdpStream, stream_by
 
 pytestmark = pytest.mark.timeout(300)  # a router that nobody has compiled yet takes its time to start
 
 wait_for = functools.partial(wait_until, timeout=20.0)
 
-RATE = 20_000  # datagrams a second
+RATE = 20_000  # datagrams a second, through one worker
+SHARED_RATE = 4_000  # through each of several, which leave the ends of the traffic no core to themselves
 INTERFACES = {"lo", "r0", "r1"}
 
 
-def lost_ms(result: StreamResult) -> float:
-    return 1000 * result.lost / RATE
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
+def workers(request: pytest.FixtureRequest) -> int:
+    count: int = request.param
+    if len(os.sched_getaffinity(0)) < count:
+        pytest.skip(f"{count} workers need as many cores")
+    return count
 
 
-def through(network: Network) -> UdpStream:
-    """The stream, from client to server."""
-    return UdpStream(network.client, network.server, SERVER, rate=RATE)
+class Flows:
+    """Streams from client to server, one through each worker, as if they were one of `rate` datagrams a second."""
+
+    def __init__(self, network: Network, router: Instance) -> None:
+        self._network, self._router = network, router
+        self._streams: list[UdpStream] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        count = len(self._router.counters.workers)
+        self.rate = RATE if count == 1 else SHARED_RATE * count
+        with self._stack as stack:
+            for worker in range(count):
+                stream = stream_by(
+                    lambda worker=worker: self._router.counters.workers[worker]["received"],  # type: ignore[misc]
+                    *(self._network.client, self._network.server, SERVER),
+                    rate=self.rate // count,
+                    first_port=5100 + 32 * worker,
+                )
+                self._streams.append(stack.enter_context(stream))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    @property
+    def sent(self) -> int:
+        return sum(stream.sent for stream in self._streams)
+
+    @property
+    def received(self) -> int:
+        return sum(stream.received for stream in self._streams)
+
+    @property
+    def lost(self) -> int:
+        """Known after the end."""
+        return sum(stream.result.lost for stream in self._streams)
+
+    @property
+    def lost_ms(self) -> float:
+        return 1000 * self.lost / self.rate
 
 
-def arrives(stream: UdpStream, datagrams: int = RATE // 2) -> None:
-    """Wait until so many more have come."""
-    before = stream.received
-    wait_for(lambda: stream.received >= before + datagrams, what=f"{datagrams} datagrams more")
+def through(network: Network, router: Instance) -> Flows:
+    """The traffic, from client to server."""
+    return Flows(network, router)
 
 
-def forwards(router: Instance, packets: int = RATE // 4) -> None:
-    """Wait until the worker has forwarded so many more."""
-    before = router.counters.forwarded
-    wait_for(lambda: router.counters.forwarded >= before + packets, what=f"the worker to forward {packets} packets")
+def arrives(flows: Flows) -> None:
+    """Wait for half a second's datagrams more."""
+    before, more = flows.received, flows.rate // 2
+    wait_for(lambda: flows.received >= before + more, what=f"{more} datagrams more")
+
+
+def forwards(router: Instance, packets: int = 2000) -> None:
+    """Wait until each worker has forwarded so many more."""
+    for number, before in enumerate(router.counters.workers):
+        wait_for(
+            lambda number=number, before=before: (  # type: ignore[misc]
+                router.counters.workers[number]["forwarded"] >= before["forwarded"] + packets
+            ),
+            what=f"worker {number} to forward {packets} packets",
+        )
 
 
 def left_behind(network: Network, router: Instance) -> list[str]:
@@ -73,12 +130,20 @@ def af_xdp_sockets(network: Network) -> int:
     return network.router.call(count)
 
 
-def test_what_is_looked_for_is_there_while_it_runs(network: Network, fp_router: Callable[..., Instance]) -> None:
+def test_what_is_looked_for_is_there_while_it_runs(
+    network: Network, workers: int, fp_router: Callable[..., Instance]
+) -> None:
     """The contrast to all that follows: `left_behind` can see each of these."""
     router = fp_router()
     found = left_behind(network, router)
     taps = [f"interface lfp{network.router.index(name)}" for name in ("r0", "r1")]
-    expected = [*taps, "XDP program on r0", "XDP program on r1", "2 AF_XDP sockets", f"instance {router.name}"]
+    expected = [
+        *taps,
+        "XDP program on r0",
+        "XDP program on r1",
+        f"{2 * workers} AF_XDP sockets",
+        f"instance {router.name}",
+    ]
     assert sorted(found) == sorted(expected)
 
 
@@ -86,14 +151,14 @@ def test_killed_under_load_linux_forwards_and_nothing_is_left(
     network: Network, fp_router: Callable[..., Instance]
 ) -> None:
     router = fp_router()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         arrives(stream)
         router.end(signal.SIGKILL)
         wait_for(lambda: left_behind(network, router) == [], what="nothing to be left")
         arrives(stream)
-    print(f"kill -9: {lost_ms(stream.result):.1f} ms lost")
-    assert lost_ms(stream.result) <= 200
+    print(f"kill -9: {stream.lost_ms:.1f} ms lost")
+    assert stream.lost_ms <= 200
     assert network.client.ping(SERVER).received == 3
     again = fp_router()  # and nothing stands in the way of the next one
     assert network.client.ping(SERVER).received == 3
@@ -102,7 +167,7 @@ def test_killed_under_load_linux_forwards_and_nothing_is_left(
 
 def test_a_stalled_worker_is_bypassed_until_it_moves_again(network: Network, faulty: Callable[..., Instance]) -> None:
     router = faulty()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         arrives(stream)
         router.tell("stall")
@@ -115,8 +180,8 @@ def test_a_stalled_worker_is_bypassed_until_it_moves_again(network: Network, fau
         wait_for(lambda: "moves again" in router.said, what="the watchdog to see it move")
         forwards(router)
         arrives(stream)
-    print(f"stall: {lost_ms(stream.result):.1f} ms lost")
-    assert lost_ms(stream.result) <= 200
+    print(f"stall: {stream.lost_ms:.1f} ms lost")
+    assert stream.lost_ms <= 200
 
 
 def test_a_stopped_process_black_holes_until_it_is_continued(
@@ -124,7 +189,7 @@ def test_a_stopped_process_black_holes_until_it_is_continued(
 ) -> None:
     """The limit of what a process can do for itself: its watchdog stands still as well."""
     router = fp_router()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         black_hole(router, stream)
         router.process.send_signal(signal.SIGCONT)
@@ -134,7 +199,7 @@ def test_a_stopped_process_black_holes_until_it_is_continued(
 
 def test_a_stopped_process_black_holes_until_it_is_killed(network: Network, fp_router: Callable[..., Instance]) -> None:
     router = fp_router()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         black_hole(router, stream)
         router.end(signal.SIGKILL)
@@ -142,36 +207,36 @@ def test_a_stopped_process_black_holes_until_it_is_killed(network: Network, fp_r
     assert left_behind(network, router) == []
 
 
-def black_hole(router: Instance, stream: UdpStream) -> None:
+def black_hole(router: Instance, stream: Flows) -> None:
     """Stop the process, and see that nothing arrives of a whole second of traffic."""
     router.process.send_signal(signal.SIGSTOP)
     wait_for(lambda: router.thread_status("State") == "T", what="the process to stop")
     sent = stream.sent
-    wait_for(lambda: stream.sent > sent + RATE // 5, what="what was on its way to have arrived")
+    wait_for(lambda: stream.sent > sent + stream.rate // 5, what="what was on its way to have arrived")
     sent, received = stream.sent, stream.received
-    wait_for(lambda: stream.sent > sent + RATE, what="a second to pass")
+    wait_for(lambda: stream.sent > sent + stream.rate, what="a second to pass")
     assert stream.received == received
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_hands_over_to_linux(
-    network: Network, fp_router: Callable[..., Instance], number: signal.Signals
+    network: Network, workers: int, fp_router: Callable[..., Instance], number: signal.Signals
 ) -> None:
     router = fp_router()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         arrives(stream)
         assert router.end(number) == 0
         assert left_behind(network, router) == []
         arrives(stream)
-    print(f"{number.name}: {stream.result.lost} packets lost")
-    assert stream.result.lost <= 64
+    print(f"{number.name}: {stream.lost} packets lost")
+    assert stream.lost <= 64 * workers
     assert router.said.splitlines()[-1].startswith("fp router:")  # no traceback
 
 
 def test_a_worker_restarted_under_load_loses_little(network: Network, faulty: Callable[..., Instance]) -> None:
     router = faulty()
-    with through(network) as stream:
+    with through(network, router) as stream:
         forwards(router)
         arrives(stream)
         for _ in range(5):
@@ -183,5 +248,5 @@ def test_a_worker_restarted_under_load_loses_little(network: Network, faulty: Ca
             forwards(router)
         router.tell("stop")
         arrives(stream)
-    print(f"five restarts and a stop: {stream.result.lost} packets lost")
-    assert stream.result.lost <= 5 * 64
+    print(f"five restarts and a stop: {stream.lost} packets lost")
+    assert stream.lost <= 5 * 64

@@ -19,7 +19,7 @@ from libfp import BadInput, Error
 from libfp.engine import Application
 from libfp.engine.stats import instances
 from libfp.engine.worker import Worker
-from libfp.jit import INTERPRETED, store_release64
+from libfp.jit import INTERPRETED, load_acquire64, store_release64
 from libfp.ports.memory import MemoryPort
 from libfp.testing import udp, wait_until
 
@@ -59,7 +59,7 @@ class SlowPath:
         self.rings: list[Any] = []
 
     def started(self, rings: list[Any]) -> None:
-        self.rings = rings
+        self.rings += rings
 
     def stopped(self) -> None:
         self.rings = []
@@ -276,6 +276,102 @@ def test_a_stalled_worker_loses_its_traffic_until_it_moves(
     assert any("moves again" in one for one in said)
     pass_through(app, ports[0], [udp(dport=actions.TO_DROP)])
     assert app.counters["waited"] == 1
+
+
+def stall(app: Application, probe: SimpleNamespace, actions: SimpleNamespace) -> None:
+    """Have worker 0 stand in a stage."""
+    stood = load_acquire64(probe.gate.address + 64)
+    store_release64(probe.gate.address, 1)
+    app.ports[0].inject([udp(dport=actions.STALL)])
+    wait_until(lambda: load_acquire64(probe.gate.address + 64) > stood)
+
+
+def test_a_worker_that_does_not_come_back(
+    start: Any, probe: SimpleNamespace, actions: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = start(two())
+    worker = app.workers[0]
+    stall(app, probe, actions)
+    assert not worker.stop(timeout=0.05)
+    assert worker.dead
+    assert ("leave", 0) in app.ports[0].told
+    for again in (worker.start, worker.restart):
+        with pytest.raises(Error, match="worker 0 has not come back from a stage"):
+            again()
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == [
+        "worker 0 has not come back from a stage; look for the loop in it that never ends: its traffic stays with Linux"
+    ]
+    store_release64(probe.gate.address, 0)
+    wait_until(lambda: not worker.running)
+    assert not worker.dead
+    worker.start()
+    pass_through(app, app.ports[0], [udp(dport=actions.TO_DROP)])
+    assert worker.stop()
+    assert worker.parked, "nobody stays awake for it"
+
+
+def test_what_a_dead_worker_may_use_outlives_the_application(
+    start: Any, probe: SimpleNamespace, actions: SimpleNamespace
+) -> None:
+    ports = two()
+    app = start(ports)
+    worker = app.workers[0]
+    reader = app.taps.open(count=64, snap=0)
+    wait_until(lambda: worker.state.memory.tapped == worker.state.memory.wanted)
+    stall(app, probe, actions)
+    app.stop()
+    assert worker.running
+    assert NAME not in instances()
+    assert ("close", -1) in ports[0].told
+    store_release64(probe.gate.address, 0)
+    wait_until(lambda: not worker.running)  # through all that it writes to after a stage
+    assert worker.error is None
+    assert reader.memory[0].fd >= 0
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_a_worker_is_added(start: Any, actions: SimpleNamespace) -> None:
+    ports = two()
+    ports[0].owner = SlowPath()
+    app = start(ports, CORES[:1])
+    for core, message in ((CORES[0], "has a worker already"), (4095, "no core 4095 for a worker")):
+        with pytest.raises(BadInput, match=message):
+            app.add_worker(core)
+    beat = app.workers[0].heartbeat
+    added = app.add_worker(CORES[1])
+    assert app.workers[1:] == [added]
+    assert (added.number, added.core, app.cores) == (1, CORES[1], CORES[:2])
+    assert ports[0].told == [("take", 0), ("take", 1)]
+    for queue in (0, 1):
+        packets = [udp(bytes([queue, k]), dport=actions.TO_FORWARD) for k in range(100)]
+        pass_through(app, ports[0], packets, queue)
+        wait_until(lambda queue=queue: app.counters.forwarded == 100 * (queue + 1))  # type: ignore[misc]
+        assert collect(app, ports[1], queue) == packets
+    assert app.workers[0].heartbeat > beat
+    assert [one["received"] for one in app.counters.workers] == [100, 100]
+    pass_through(app, ports[0], [udp(dport=actions.TO_PUNT)], 1)
+    wait_until(lambda: app.counters.punted == 1)
+    assert len(taken(ports[0].owner.rings[1])) == 1
+    app.stop()
+    with pytest.raises(Error, match="does not run"):
+        app.add_worker(CORES[1])
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_a_worker_that_cannot_be_added(start: Any, actions: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue that does not open, and a thread that does not start: as if nobody had asked."""
+    app = start(two(), CORES[:1])
+    monkeypatch.setattr(Watched, "open_all", staticmethod(Unopenable.open_all))
+    with pytest.raises(Error, match="the second queue cannot be opened"):
+        app.add_worker(CORES[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(Worker, "start", lambda self: (_ for _ in ()).throw(Error("it does not start")))
+    with pytest.raises(Error, match="it does not start"):
+        app.add_worker(CORES[1])
+    monkeypatch.undo()
+    assert (len(app.workers), app.cores, len(app.counters.workers)) == (1, CORES[:1], 1)
+    pass_through(app, app.ports[0], [udp(dport=actions.TO_DROP)])
+    assert app.add_worker(CORES[1]).running
 
 
 def test_a_stopped_worker_does_not_come_back_by_itself(start: Any) -> None:
