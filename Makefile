@@ -1,5 +1,6 @@
 # make demo   a client, a router and a server in namespaces, real traffic through `fp router` (ARGS="--json --seconds 5")
 # make test   every test (ARGS="-k lpm -x"); those that need root are skipped with that reason otherwise
+# make test-vm  zero-copy tests in a guest with a newer kernel (qemu, software emulation, minutes)
 # make stress the stress tests with 10^8 elements where `make test` has 10^6 (COUNT=1000000000 for more)
 # make lint   ruff and mypy
 # make bench  NAME=forward, or all of them
@@ -12,17 +13,26 @@ ARGS ?=
 NAME ?=
 COUNT ?= 100000000
 
-.PHONY: demo test stress lint format bench clean help
+.PHONY: demo test test-vm stress lint format bench clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 demo: $(VENV)/.ready
 	@$(RUN) -m libfp demo $(ARGS)
 
 test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest $(ARGS)
+
+# What can be had is installed; what is missing then is pytest's reason to skip. The kernel is downloaded, not installed.
+test-vm: $(VENV)/.ready-dev
+	@if ! command -v qemu-system-x86_64 >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "libfp: installing qemu-system-x86"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends qemu-system-x86 >/dev/null || true; \
+	fi
+	@LIBFP_VM=1 $(RUN) -m pytest tests/vm $(ARGS)
 
 stress: $(VENV)/.ready-dev
 	@LIBFP_STRESS=$(COUNT) $(RUN) -m pytest -m stress $(ARGS)

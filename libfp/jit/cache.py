@@ -87,11 +87,20 @@ def base_digest() -> str:
     for folder in _HOT:
         for path in sorted((_ROOT / folder).glob("**/*.py")):
             digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    features = llvm.get_host_cpu_features().flatten()
-    for text in (numba.__version__, llvmlite.__version__, sys.version, llvm.get_host_cpu_name(), features):
+    for text in (numba.__version__, llvmlite.__version__, sys.version, *_processor()):
         digest.update(text.encode() + b"\0")
     digest.update(bytes([BOUNDSCHECK]))
     return digest.hexdigest()
+
+
+def _processor() -> tuple[str, str]:
+    """Name and features of the processor that is compiled for: this one, or that which numba's own NUMBA_CPU_NAME and
+    NUMBA_CPU_FEATURES name, so that code can be made here for another ("generic" runs on every x86-64)."""
+    name, features = numba.config.CPU_NAME, numba.config.CPU_FEATURES
+    return (
+        llvm.get_host_cpu_name() if name is None else name,
+        llvm.get_host_cpu_features().flatten() if features is None else features,
+    )
 
 
 def is_hot(module: str) -> bool:

@@ -199,3 +199,19 @@ def test_the_processor_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None
     assert before == cache.base_digest.__wrapped__()
     monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "another")
     assert cache.base_digest.__wrapped__() != before
+
+
+def test_the_processor_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is the same module on every machine, as the code in it is."""
+    import llvmlite.binding as llvm
+    import numba
+
+    before = cache.base_digest.__wrapped__()
+    monkeypatch.setattr(numba.config, "CPU_NAME", "generic")
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "")
+    named = cache.base_digest.__wrapped__()
+    assert named != before
+    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "another")
+    assert cache.base_digest.__wrapped__() == named
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2")
+    assert cache.base_digest.__wrapped__() != named
