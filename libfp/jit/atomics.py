@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from libfp.jit import memory
-from libfp.jit.primitive import I8, I32, I64, declare, primitive, signed64
+from libfp.jit.primitive import I32, I64, declare, primitive, signed64
 from libfp.jit.raw import _pointer
 
 _lock = threading.Lock()  # stands for the bus where read-modify-writes are interpreted
@@ -37,13 +37,6 @@ def _store(kind: Any) -> Any:
     return primitive(emit, void=True)
 
 
-@_load(I8)
-def load_acquire8(address: int) -> int:
-    """A byte and, after it, everything its writer stored before releasing it."""
-    memory.check(address, 1)
-    return ctypes.c_uint8.from_address(address).value
-
-
 @_load(I32)
 def load_acquire32(address: int) -> int:
     """A 32-bit word and, after it, everything its writer stored before releasing it."""
@@ -56,13 +49,6 @@ def load_acquire64(address: int) -> int:
     """A 64-bit word and, after it, everything its writer stored before releasing it."""
     memory.check(address, 8)
     return ctypes.c_int64.from_address(address).value
-
-
-@_store(I8)
-def store_release8(address: int, value: int) -> None:
-    """Store the low byte of `value` after everything stored before."""
-    memory.check(address, 1)
-    ctypes.c_uint8.from_address(address).value = value & 0xFF
 
 
 @_store(I32)
