@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import threading
@@ -56,7 +57,7 @@ class Application:
         allowed = self._allowed = sorted(os.sched_getaffinity(0))
         self.cores = list(cores) if cores else allowed[:1]
         self.pipeline, self.ports = pipeline, list(ports)
-        self.name = name or f"pipeline-{os.getpid()}"
+        self.name = name or _name()
         self.real = any(getattr(port, "is_real", False) for port in self.ports)
         spare = len(set(allowed) - set(self.cores))
         self.kick, self.idle = _choose_kick(kick, self.real, spare), idle if self.real else "spin"
@@ -258,6 +259,15 @@ class Application:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+
+_numbers = itertools.count(1)
+
+
+def _name() -> str:
+    """Of a pipeline that is given none: pipeline-PID, then pipeline-PID-2 and so on."""
+    number = next(_numbers)
+    return f"pipeline-{os.getpid()}" + (f"-{number}" if number > 1 else "")
 
 
 def _choose_kick(asked: str, real: bool, spare: int) -> str:
