@@ -1,4 +1,4 @@
-"""What the benches of the forwarding tables share: rounds over an array of keys, ours in numba and a peer's in C."""
+"""What the benches of the tables share: rounds over an array of keys, ours in numba and a peer's in C."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Peer:
 
 
 class Keys:
-    """One array of keys, of `size` bytes each, and what finds them."""
+    """One array of keys, of `size` bytes each, and what finds them: values of `value` bytes."""
 
-    def __init__(self, keys: np.ndarray, size: int, ffi: Any = None) -> None:
+    def __init__(self, keys: np.ndarray, size: int, ffi: Any = None, value: int = 4) -> None:
         assert keys.nbytes == size * KEYS
-        self.size, self._ffi = size, ffi
-        self._keys, self._results = Arena(keys.nbytes, huge=True), Arena(4 * KEYS, huge=True)
+        self.size, self.value, self._ffi = size, value, ffi
+        self._keys, self._results = Arena(keys.nbytes, huge=True), Arena(value * KEYS, huge=True)
         self._keys.buffer[:] = np.ascontiguousarray(keys).reshape(-1).view(np.uint8).data
 
     def ours(self, view: Any, *, passes: int = PASSES, keep: bool = False) -> float:
         """Million lookups a second."""
-        kept = 4 if keep else 0
+        kept = self.value if keep else 0
         ticks = _round(view, self._keys.address, self.size, KEYS, passes, self._results.address, kept)
         return _millions(passes, ticks)
 
@@ -65,7 +65,7 @@ class Keys:
         for peer in peers:
             self.theirs(peer, passes=1, keep=True)
             found = np.frombuffer(self._results.buffer, np.uint32)
-            assert np.array_equal(found, expected), f"{peer.name} and ours find different next hops"
+            assert np.array_equal(found, expected), f"{peer.name} and ours find different values"
         rounds = [[self.theirs(peer) for peer in peers] for _ in range(5)]
         medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
         text = ", ".join(f"{peer.name} {median:.0f}" for peer, median in zip(peers, medians, strict=True))

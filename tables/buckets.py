@@ -1,48 +1,67 @@
 """The layout of `libfp.tables.hash`, and how a key is found in it.
 
-Two words of header (the seed), then buckets of 7 entries: a word of tags, then each entry's key and value. A tag is 8
-bits of the key's hash, 0 for an empty slot, so that one comparison of a word finds the candidates among seven. A key
-is in one of two buckets, which two parts of its hash choose; the highest byte of the tag word of the first says how
-many of its keys had to go to their second, so that most searches for what is not there end after one cache line.
+    secrets (8 words, a line)     what the hash adds to the words of a key
+    tags (a word each bucket)     of its seven entries; the highest byte: which of its keys are in their second
+    entries                       seven each bucket: a key and its value
+
+A tag is 8 bits of the key's hash, 0 for an empty slot, so that one comparison of a word finds the candidates among
+seven. A key is in one of two buckets, which two parts of its hash choose. Bit i of the highest byte of the first says
+that keys of class i, of eight, had to go to their second; so nearly all searches for what is not there end after one
+word of tags. Those of 4 M entries take 5 MB, so most lookups wait for one line of memory, an entry's, and
+misses for none.
 
 Two choices of buckets with several slots: Dietzfelbinger and Weidling, "Balanced allocation and dictionaries with
-tightly packed constant size bins" (ICALP 2005).
+tightly packed constant size bins" (ICALP 2005). The hash is NH (Black et al., "UMAC", CRYPTO 1999) of the halves of
+each word plus a secret one, whose products vector instructions have, and then Murmur3's finalizer.
 """
 
 from __future__ import annotations
 
-from libfp.jit import ctz64, kernel, load64, mul64, mulhi64, shr64
+from libfp.jit import ctz64, kernel, load64, mul64, mulhi64, prefetch, shr64, store64, without_lowest64
 
 SLOTS = 7
-FIRST = 64  # byte offset of the first bucket: a line
-SEED = 0  # byte offset of the seed
+SECRETS = 0  # byte offset of the secrets, one for each word of a key
+TAGS = 64  # byte offset of the tags: a line
 
 _ONES, _HIGHS = 0x0001010101010101, 0x0080808080808080
-_K, _K2 = 0x2D358DCCAA6C78A5, 0x4B33A62ED433D4A3
+HALF = 0xFFFFFFFF
+K, K2, K3 = 0x2D358DCCAA6C78A5, 0x4B33A62ED433D4A3, 0x6A5D39EAE12657AB
 
 
-def bucket_size(words: int) -> int:
-    """Bytes a bucket of keys of so many words: whole cache lines."""
-    return (8 + SLOTS * 8 * (words + 1) + 63) & ~63
+def table_size(buckets: int, words: int) -> int:
+    """Bytes of a table of so many buckets for keys of so many words."""
+    return first_entry(buckets) + buckets * SLOTS * 8 * (words + 1)
 
 
-bucket_bytes = kernel(bucket_size)  # for compiled code: called from Python it would be compiled at every start
+def first_entry(buckets: int) -> int:
+    """The byte offset of the entries: a line."""
+    return TAGS + (8 * buckets + 63 & ~63)
+
+
+entries_at = kernel(first_entry)  # for compiled code: called from Python it would be compiled at every start
 
 
 @kernel
-def mix(hashed, key):  # type: ignore[no-untyped-def]
-    """Take another word into a hash."""
-    mixed = mul64(hashed ^ key, _K) ^ mulhi64(hashed ^ key, _K)
+def product(word):  # type: ignore[no-untyped-def]
+    """NH of one word, its secret added: (low + 2**32) * (high + 1) - 2**32, which is never 0 for many words."""
+    return mul64(word & HALF, shr64(word, 32)) + word
+
+
+@kernel
+def scramble(total):  # type: ignore[no-untyped-def]
+    """The hash of a key whose products add up to `total`."""
+    mixed = mul64(total ^ shr64(total, 32), K)
+    mixed = mul64(mixed ^ shr64(mixed, 32), K2)
     return mixed ^ shr64(mixed, 32)
 
 
 @kernel
-def hash_at(seed, key, words):  # type: ignore[no-untyped-def]
+def hash_at(base, key, words):  # type: ignore[no-untyped-def]
     """The hash of the key in memory at address `key`."""
-    hashed = seed
+    total = 0
     for i in range(words):
-        hashed = mix(hashed, load64(key + 8 * i))
-    return hashed
+        total += product(load64(key + 8 * i) + load64(base + SECRETS + 8 * i))
+    return scramble(total)
 
 
 @kernel
@@ -54,13 +73,13 @@ def tag_of(hashed):  # type: ignore[no-untyped-def]
 @kernel
 def first_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
     """The number of the bucket where a key belongs."""
-    return mulhi64(hashed, buckets)
+    return shr64(mul64(shr64(hashed, 32), buckets), 32)
 
 
 @kernel
 def second_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
     """The number of the bucket where a key goes when its first is full."""
-    return mulhi64(mul64(hashed, _K2), buckets)
+    return mulhi64(mul64(hashed, K3), buckets)
 
 
 @kernel
@@ -75,71 +94,128 @@ def matching(tags, tag):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def overflow(tags):  # type: ignore[no-untyped-def]
-    """How many keys that belong in the bucket are in their second one; 255: many."""
-    return shr64(tags, 56)
+def class_of(hashed):  # type: ignore[no-untyped-def]
+    """Which of eight classes a key is of."""
+    return shr64(hashed, 8) & 7
+
+
+@kernel
+def elsewhere(tags, hashed):  # type: ignore[no-untyped-def]
+    """Whether keys of the same class are in their second bucket, `tags` being their first's."""
+    return shr64(tags, 56 + class_of(hashed)) & 1
+
+
+@kernel
+def entry_of(base, buckets, words, bucket, slot):  # type: ignore[no-untyped-def]
+    """The address of an entry."""
+    return base + entries_at(buckets) + (SLOTS * bucket + slot) * 8 * (words + 1)
 
 
 @kernel
 def find_word(base, buckets, key):  # type: ignore[no-untyped-def]
     """The address of the entry of a key of one word, 0 if it is not there."""
-    hashed = mix(load64(base + SEED), key)
-    tag = tag_of(hashed)
-    bucket = base + FIRST + first_bucket(hashed, buckets) * 128
+    hashed = scramble(product(key + load64(base + SECRETS)))
+    tag, bucket = tag_of(hashed), first_bucket(hashed, buckets)
     for _ in range(2):
-        tags = load64(bucket)
+        tags = load64(base + TAGS + 8 * bucket)
         found = matching(tags, tag)
         while found != 0:
-            entry = bucket + 8 + (ctz64(found) >> 3) * 16
+            entry = entry_of(base, buckets, 1, bucket, ctz64(found) >> 3)
             if load64(entry) == key:
                 return entry
-            found &= found - 1
-        if overflow(tags) == 0:
+            found = without_lowest64(found)
+        if elsewhere(tags, hashed) == 0:
             return 0
-        bucket = base + FIRST + second_bucket(hashed, buckets) * 128
+        bucket = second_bucket(hashed, buckets)
     return 0
 
 
 @kernel
 def find_words(base, buckets, words, key):  # type: ignore[no-untyped-def]
     """The address of the entry of a key, a tuple of so many words, 0 if it is not there."""
-    hashed = load64(base + SEED)
+    total = 0
     for i in range(words):
-        hashed = mix(hashed, key[i])
-    tag, size = tag_of(hashed), bucket_bytes(words)
-    bucket = base + FIRST + first_bucket(hashed, buckets) * size
+        total += product(key[i] + load64(base + SECRETS + 8 * i))
+    hashed = scramble(total)
+    tag, bucket = tag_of(hashed), first_bucket(hashed, buckets)
     for _ in range(2):
-        tags = load64(bucket)
+        tags = load64(base + TAGS + 8 * bucket)
         found = matching(tags, tag)
         while found != 0:
-            entry = bucket + 8 + (ctz64(found) >> 3) * 8 * (words + 1)
+            entry = entry_of(base, buckets, words, bucket, ctz64(found) >> 3)
             different = 0
             for i in range(words):
                 different |= load64(entry + 8 * i) ^ key[i]
             if different == 0:
                 return entry
-            found &= found - 1
-        if overflow(tags) == 0:
+            found = without_lowest64(found)
+        if elsewhere(tags, hashed) == 0:
             return 0
-        bucket = base + FIRST + second_bucket(hashed, buckets) * size
+        bucket = second_bucket(hashed, buckets)
     return 0
 
 
 @kernel
-def find_at(base, buckets, words, key):  # type: ignore[no-untyped-def]
-    """The same for the key in memory at address `key`: its bucket's number << 3 | its slot, -1 if it is not there."""
-    hashed = hash_at(load64(base + SEED), key, words)
-    tag, size = tag_of(hashed), bucket_bytes(words)
-    for choice in range(2):
-        number = second_bucket(hashed, buckets) if choice else first_bucket(hashed, buckets)
-        bucket = base + FIRST + number * size
-        found = matching(load64(bucket), tag)
-        while found != 0:
-            slot = ctz64(found) >> 3
-            different = 0
-            for i in range(words):
-                different |= load64(bucket + 8 + slot * 8 * (words + 1) + 8 * i) ^ load64(key + 8 * i)
-            if different == 0:
-                return number << 3 | slot
-            found &= found - 1
+def slot_of(base, buckets, words, bucket, tag, key):  # type: ignore[no-untyped-def]
+    """The slot, in a bucket, of the key in memory at address `key`; -1 if it is not there."""
+    found = matching(load64(base + TAGS + 8 * bucket), tag)
+    while found != 0:
+        slot = ctz64(found) >> 3
+        entry = entry_of(base, buckets, words, bucket, slot)
+        different = 0
+        for i in range(words):
+            different |= load64(entry + 8 * i) ^ load64(key + 8 * i)
+        if different == 0:
+            return slot
+        found = without_lowest64(found)
     return -1
+
+
+@kernel
+def find_at(base, buckets, words, key):  # type: ignore[no-untyped-def]
+    """Where the key in memory at address `key` is: its bucket's number << 3 | its slot, -1 if it is not there."""
+    hashed = hash_at(base, key, words)
+    bucket = first_bucket(hashed, buckets)
+    slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
+    if slot < 0 and elsewhere(load64(base + TAGS + 8 * bucket), hashed) != 0:
+        bucket = second_bucket(hashed, buckets)
+        slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
+    return bucket << 3 | slot if slot >= 0 else -1
+
+
+@kernel
+def value_at(base, buckets, words, key, default):  # type: ignore[no-untyped-def]
+    """The value of the key in memory at address `key`, or `default`."""
+    place = find_at(base, buckets, words, key)
+    return load64(entry_of(base, buckets, words, place >> 3, place & 7) + 8 * words) if place >= 0 else default
+
+
+def ask_second(base, buckets, hashes, second):  # type: ignore[no-untyped-def]
+    """Ask for the tags of the second bucket of those of 64 hashes whose bits are set in `second`."""
+    while second != 0:
+        hashed = load64(hashes + 8 * ctz64(second))
+        prefetch(base + TAGS + 8 * second_bucket(hashed, buckets))
+        second = without_lowest64(second)
+
+
+@kernel
+def search_on(base, buckets, words, keys, results, default, more):  # type: ignore[no-untyped-def]
+    """Look up those of 64 keys at `keys` whose bits are set in `more`: their results hold their hashes so far."""
+    left = more
+    while left != 0:
+        hashed = load64(results + 8 * ctz64(left))
+        bucket = second_bucket(hashed, buckets)
+        found = matching(load64(base + TAGS + 8 * bucket), tag_of(hashed))
+        prefetch(entry_of(base, buckets, words, bucket, (ctz64(found) >> 3) & 7))
+        left = without_lowest64(left)
+    while more != 0:
+        i = ctz64(more)
+        more = without_lowest64(more)
+        hashed, key = load64(results + 8 * i), keys + 8 * words * i
+        bucket = second_bucket(hashed, buckets)
+        slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
+        if slot < 0:  # it may still be in its first, behind another key of the same tag
+            bucket = first_bucket(hashed, buckets)
+            slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
+        value = load64(entry_of(base, buckets, words, bucket, slot) + 8 * words) if slot >= 0 else default
+        store64(results + 8 * i, value)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import BadInput, Error, TableFull
-from libfp.jit import constant, load64, native, store64, word
+from libfp.jit import BOUNDSCHECK, constant, load64, native, store64, word
 from libfp.jit.primitive import MASK64, signed64
 from libfp.tables import hash_update as update
-from libfp.tables.buckets import FIRST, SEED, SLOTS, bucket_size, find_word, find_words
+from libfp.tables.buckets import SECRETS, SLOTS, find_word, find_words, search_on, table_size, value_at
+from libfp.tables.hash_vector import lookup8, lookup64
 from libfp.tables.keys import codec
 from libfp.tables.table import Table, staged
 from libfp.tables.words import Words
@@ -24,15 +25,42 @@ _MOST = 1 << 28
 _LOAD = 0.9
 
 
+def _lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
+    """`lookup` of `count` keys in memory: see `get_burst`."""
+    self.get_burst(keys, results, count, -1)
+
+
+def _get_burst(self, keys, results, count, default):  # type: ignore[no-untyped-def]
+    """`get` of `count` keys at `keys`, `words` int64 each, one key after another; the int64 values go to `results`.
+
+    64 at a time, so that they wait for memory side by side: their hashes, the tags of their buckets, and then the
+    entries those name. Keys that are in their second bucket come last, one by one. The two must not overlap.
+    """
+    base, buckets, size = load64(self.cell), self.buckets, 8 * self.words
+    whole = 0 if BOUNDSCHECK else count & ~7  # vectors are not checked
+    many = whole & ~63
+    for i in range(0, many, 64):
+        at, to = keys + size * i, results + 8 * i
+        more = lookup64(base, buckets, self.words, at, to, default)
+        search_on(base, buckets, self.words, at, to, default, more)
+    for i in range(many, whole, 8):
+        at, to = keys + size * i, results + 8 * i
+        more = lookup8(base, buckets, self.words, at, to, default)
+        search_on(base, buckets, self.words, at, to, default, more)
+    for i in range(whole, count):
+        store64(results + 8 * i, value_at(base, buckets, self.words, keys + size * i, default))
+
+
 @native
 class HashView:
-    """A `Hash` whose keys are one word, as compiled code sees it: a key is an int64.
+    """A `Hash` whose keys are one word (so `words` is 1), as compiled code sees it: a key is an int64.
 
     `cell` is the address of a word that holds the arena's address.
     """
 
     cell: word
     buckets: word
+    words: constant
 
     def __contains__(self, key):  # type: ignore[no-untyped-def]
         return find_word(load64(self.cell), self.buckets, key) != 0
@@ -45,6 +73,8 @@ class HashView:
     def lookup(self, key):  # type: ignore[no-untyped-def]
         """The key's value, or -1."""
         return self.get(key, -1)
+
+    lookup_burst, get_burst = _lookup_burst, _get_burst
 
 
 @native
@@ -67,6 +97,8 @@ class WideHashView:
         """The key's value, or -1."""
         return self.get(key, -1)
 
+    lookup_burst, get_burst = _lookup_burst, _get_burst
+
 
 class Hash(Table, MutableMapping[Any, Any]):
     """A table of exact keys: a dict for at most `capacity` entries, whose copies every worker looks things up in.
@@ -76,7 +108,8 @@ class Hash(Table, MutableMapping[Any, Any]):
     or bytes in wire order, and come out as text (addresses) or ints. Compiled code uses `view`, whose keys are host
     order: an int64, or for keys of several words a tuple of int64.
 
-    Memory is reserved for `capacity` at 0.9 full, 18 bytes an entry for keys of one word, and populated by use.
+    Memory is reserved for `capacity` at 0.9 full, 19 bytes an entry for keys of one word and 9 for each more, and
+    populated by use; the master takes 1 byte an entry more.
     Raises TableFull beyond `capacity`, BadInput for a key or value not of its type, KeyError as a dict does.
     """
 
@@ -91,19 +124,21 @@ class Hash(Table, MutableMapping[Any, Any]):
         super().__init__(self._make())
 
     def _make(self) -> Words:
-        size = (FIRST + self._buckets * bucket_size(self._key.words)) // 8
+        size = table_size(self._buckets, self._key.words) // 8
         words = Words(size, size)
         fields = words.fields
         fields[update.BUCKETS // 8] = self._buckets
         fields[update.WORDS // 8] = self._key.words
         fields[update.SCRATCH // 8] = words.extra(update.SCRATCH_BYTES)
-        store64(words.arena.address + SEED, signed64(secrets.randbits(64)))
+        fields[update.COUNTS // 8] = words.extra(8 * self._buckets)
+        for i in range(self._key.words):
+            store64(words.arena.address + SECRETS + 8 * i, signed64(secrets.randbits(64)))
         return words
 
     def view_for(self, cell: int) -> HashView | WideHashView:
         """See `Table.view_for`."""
         if self._key.words == 1:
-            return HashView(cell, self._buckets)
+            return HashView(cell, self._buckets, 1)
         return WideHashView(cell, self._buckets, self._key.words)
 
     def load(self, keys: Any, values: Any) -> None:

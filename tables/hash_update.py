@@ -6,24 +6,24 @@ that it is short.
 
 from __future__ import annotations
 
-from libfp.jit import ctz64, entry, kernel, load64, shl64, store64
+from libfp.jit import ctz64, entry, kernel, load8, load64, shl64, store8, store64
 from libfp.tables.buckets import (
-    FIRST,
-    SEED,
     SLOTS,
-    bucket_bytes,
+    TAGS,
+    class_of,
+    entries_at,
     find_at,
     first_bucket,
     hash_at,
     matching,
-    overflow,
     second_bucket,
     tag_of,
 )
 from libfp.tables.words import BASE, TABLE, get, put, seal
 
-#: Fields in the control block: buckets, words a key, entries, the address of scratch memory.
-BUCKETS, WORDS, ENTRIES, SCRATCH = TABLE, TABLE + 8, TABLE + 16, TABLE + 24
+#: Fields in the control block: buckets, words a key, entries, the address of scratch memory, and that of the counts:
+#: eight bytes a bucket, how many of its keys of each class are in their second.
+BUCKETS, WORDS, ENTRIES, SCRATCH, COUNTS = TABLE, TABLE + 8, TABLE + 16, TABLE + 24, TABLE + 32
 # The scratch memory: a key, then the search's queue of (bucket, where its room would be used).
 _QUEUE, _QUEUE_SIZE = 64, 1000
 SCRATCH_BYTES = _QUEUE + 16 * _QUEUE_SIZE
@@ -34,13 +34,13 @@ REPLACED, ADDED, NO_PLACE = 0, 1, 2
 @kernel
 def _tags(block, bucket):  # type: ignore[no-untyped-def]
     """The word offset of a bucket's tags."""
-    return (FIRST + bucket * bucket_bytes(load64(block + WORDS))) >> 3
+    return (TAGS >> 3) + bucket
 
 
 @kernel
 def _entry(block, bucket, slot):  # type: ignore[no-untyped-def]
     """The word offset of an entry."""
-    return _tags(block, bucket) + 1 + slot * (load64(block + WORDS) + 1)
+    return (entries_at(load64(block + BUCKETS)) >> 3) + (SLOTS * bucket + slot) * (load64(block + WORDS) + 1)
 
 
 @kernel
@@ -57,19 +57,22 @@ def _tag(block, bucket, slot, tag):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _displaced(block, bucket, change):  # type: ignore[no-untyped-def]
-    """One more, or one fewer, of the bucket's keys is in its second bucket. A count of 255 stays."""
-    at = _tags(block, bucket)
-    tags = get(block, at)
-    count = overflow(tags)
-    if count < 255:
-        put(block, at, (tags & 0x00FFFFFFFFFFFFFF) | shl64(count + change, 56))
+def _displaced(block, bucket, hashed, change):  # type: ignore[no-untyped-def]
+    """One more, or one fewer, of the bucket's keys, that of this hash, is in its second. A count of 255 stays."""
+    at = load64(block + COUNTS) + 8 * bucket + class_of(hashed)
+    count = load8(at)
+    if count == 255:
+        return
+    store8(at, count + change)
+    if count + change <= 1 and count <= 1:
+        tags = _tags(block, bucket)
+        put(block, tags, get(block, tags) ^ shl64(1, 56 + class_of(hashed)))
 
 
 @kernel
 def _hash_of(block, bucket, slot):  # type: ignore[no-untyped-def]
     base = load64(block + BASE)
-    return hash_at(load64(base + SEED), base + 8 * _entry(block, bucket, slot), load64(block + WORDS))
+    return hash_at(base, base + 8 * _entry(block, bucket, slot), load64(block + WORDS))
 
 
 @kernel
@@ -82,7 +85,7 @@ def _move(block, bucket, slot, to, free):  # type: ignore[no-untyped-def]
     _tag(block, to, free, tag_of(hashed))
     _tag(block, bucket, slot, 0)
     home = first_bucket(hashed, load64(block + BUCKETS))
-    _displaced(block, home, -1 if home == to else 1)
+    _displaced(block, home, hashed, -1 if home == to else 1)
 
 
 @kernel
@@ -138,7 +141,7 @@ def _store(block, key, value):  # type: ignore[no-untyped-def]
     if place >= 0:
         put(block, _entry(block, place >> 3, place & 7) + words, value)
         return REPLACED
-    hashed = hash_at(load64(base + SEED), key, words)
+    hashed = hash_at(base, key, words)
     first, second = first_bucket(hashed, buckets), second_bucket(hashed, buckets)
     bucket, slot = first, _vacant(block, first)
     if slot == SLOTS:
@@ -153,7 +156,7 @@ def _store(block, key, value):  # type: ignore[no-untyped-def]
     put(block, _entry(block, bucket, slot) + words, value)
     _tag(block, bucket, slot, tag_of(hashed))
     if bucket != first:
-        _displaced(block, first, 1)
+        _displaced(block, first, hashed, 1)
     store64(block + ENTRIES, load64(block + ENTRIES) + 1)
     return ADDED
 
@@ -183,9 +186,10 @@ def remove(block):  # type: ignore[no-untyped-def]
     if place < 0:
         return 0
     _tag(block, place >> 3, place & 7, 0)
-    first = first_bucket(hash_at(load64(base + SEED), key, words), buckets)
+    hashed = hash_at(base, key, words)
+    first = first_bucket(hashed, buckets)
     if place >> 3 != first:
-        _displaced(block, first, -1)
+        _displaced(block, first, hashed, -1)
     store64(block + ENTRIES, load64(block + ENTRIES) - 1)
     seal(block)
     return 1

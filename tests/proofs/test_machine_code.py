@@ -233,6 +233,21 @@ def test_many_claim_by_a_locked_instruction_and_call_nothing(ring: Any, calls: A
     assert (report.indirect, report.calls) == (0, set())
 
 
+@kernel
+def _hash_bursts(view, keys, results, count):  # type: ignore[no-untyped-def]
+    view.lookup_burst(keys, results, count)
+    view.get_burst(keys, results, count, 0)
+
+
+@pytest.mark.parametrize("key", ["u64", ("u64", "u64"), ("ipv6", "ipv6", "u64")])
+def test_bursts_of_exact_matches_lock_and_call_nothing(key: Any) -> None:
+    """Vectors too: an operation that the processor lacks must not have become a call of a library."""
+    report = check(*compile_afresh(_hash_bursts, (Hash(key=key, capacity=64).view(), 0, 0, 64)))
+    assert report.findings == ()
+    assert (report.indirect, report.calls) == (0, set()), report.where
+    assert "search_on" in short(report.functions), "or it was not read, and nothing is proven"
+
+
 # The reader, on assembly by hand.
 
 HEAD = "\t.text\n\t.type\tf,@function\n"
