@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-
 LATER = ("test_router_changes", "test_router_watch")  # about Linux's side and the control plane: little is the workers'
 
 
