@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-LATER = ("test_router_changes", "test_router_watch")  # about Linux's side and the control plane: little is the workers'
+# Less is the workers' in these than in the others, and they take minutes.
+LATER = ("test_router_changes", "test_router_ipv6", "test_router_punts", "test_router_watch")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
@@ -16,5 +17,5 @@ def workers(request: pytest.FixtureRequest) -> int:
     if len(os.sched_getaffinity(0)) < count:
         pytest.skip(f"{count} workers need as many cores")
     if count > 1 and request.path.stem in LATER and not os.environ.get("LIBFP_FULL"):
-        pytest.skip("with two workers only if LIBFP_FULL is set: a minute and a half more")
+        pytest.skip("with two workers only if LIBFP_FULL is set")
     return count
