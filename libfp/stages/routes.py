@@ -387,9 +387,8 @@ class Routes:
     def _compile(self) -> None:
         """Make a change and take it back: what changes the tables is compiled now, not when a route is in a hurry."""
         hop = self.next_hops.add(Drop("blackhole"))
-        for table, length in ((self.fib, 32), (self.fib6, 128)):
-            table.set(0, length, hop)
-            table.remove(0, length)
+        self.fib.set(0, 32, hop)  # of fib6 when its first route comes: hosts without IPv6 need not wait for it
+        self.fib.remove(0, 32)
         self.next_hops.remove(hop)
 
     def set_port(self, port: int, rp_filter: int = 0, redirects: bool = False, accept_local: bool = False) -> None:
