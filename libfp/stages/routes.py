@@ -186,6 +186,10 @@ class NextHops(Table):
             if index not in self.actions:
                 raise BadInput(f"no next hop {index}", "use add")
             self._set(index, action)
+            for group in self._runs:  # a new next hop is in none
+                if any(path == index for path, _ in self._paths(group)):
+                    self._write_ports(group)
+            self.commit()
 
     def _set(self, index: int, action: Action) -> None:
         words = self._encode_paths(index, action) if isinstance(action, Multipath) else _encode(action)
@@ -193,8 +197,6 @@ class NextHops(Table):
         self.actions[index] = action
         if not isinstance(action, Multipath):
             self._forget_paths(index)
-            for group in [group for group in self._runs if index in self._buckets[group]]:
-                self._write_ports(group)
         self.commit()
 
     def _encode_paths(self, index: int, group: Multipath) -> tuple[int, int, int, int]:
@@ -213,7 +215,7 @@ class NextHops(Table):
         self._buckets[index] = share(group.paths, self._buckets.get(index))
         np.frombuffer(self._scratch.buffer, np.uint32)[:BUCKETS] = self._buckets[index]
         _write_buckets(self._words.block, _HOPS + HOP_SIZE // 8 * run, self._scratch.address)
-        return ACTION_MULTIPATH, run, self._ports_of(group), 0
+        return ACTION_MULTIPATH, run, self._ports_of(group.paths), 0
 
     def inherit(self, index: int, old: int) -> None:
         """A group that no packet has met yet is to take over from the next hop `old`: flows stay where they can."""
@@ -224,16 +226,19 @@ class NextHops(Table):
                 self._buckets[index] = before
                 self._set(index, group)
 
-    def _ports_of(self, group: Multipath) -> int:
-        """The ports, below 64, that its paths leave by, a bit each: ways back for the reverse path filter."""
-        actions = [self.actions[path] for path, _ in group.paths]
+    def _paths(self, index: int) -> tuple[tuple[int, int], ...]:
+        group = self.actions[index]
+        assert isinstance(group, Multipath)
+        return group.paths
+
+    def _ports_of(self, paths: Sequence[tuple[int, int]]) -> int:
+        """The ports, below 64, that these paths leave by, a bit each: ways back for the reverse path filter."""
+        actions = [self.actions[path] for path, _ in paths]
         ports = {action.port for action in actions if isinstance(action, Forward) and action.port < 64}
         return _signed(sum(1 << port for port in ports).to_bytes(8, "little"))
 
     def _write_ports(self, index: int) -> None:
-        group = self.actions[index]
-        assert isinstance(group, Multipath)
-        _write_word(self._words.block, _HOPS + HOP_SIZE // 8 * index + 2, self._ports_of(group))
+        _write_word(self._words.block, _HOPS + HOP_SIZE // 8 * index + 2, self._ports_of(self._paths(index)))
 
     def _forget_paths(self, index: int) -> None:
         """Of a next hop that is no group any more. Its buckets stay what they are until another group has them."""

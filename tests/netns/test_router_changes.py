@@ -87,9 +87,9 @@ def test_a_changed_route_moves_traffic_and_no_other(net: Net, router: RouterProc
     with (
         route(net, "198.51.100.0/24", SERVER),
         UdpStream(net.client, net.server, SERVER, rate=RATE) as steady,
-        Trickle(net.client, EITHER) as moving,
         Arrivals(net.server) as at_server,
         Arrivals(net.other) as at_other,
+        Trickle(net.client, EITHER) as moving,
     ):
         arrivals = {SERVER: at_server, OTHER: at_other}
         wait_until(lambda: steady.received > 100 and len(at_server.take()) > 50, timeout=20)
@@ -111,9 +111,9 @@ def test_default_routes_fail_over_by_metric(net: Net, router: RouterProcess) -> 
         route(net, "default", SERVER, metric=10),
         route(net, "default", OTHER, metric=20),
         UdpStream(net.client, net.other, OTHER, rate=RATE) as steady,
-        Trickle(net.client, EITHER) as flow,
         Arrivals(net.server) as at_server,
         Arrivals(net.other) as at_other,
+        Trickle(net.client, EITHER) as flow,
     ):
         wait_until(lambda: steady.received > 100 and len(at_server.take()) > 50, timeout=20)
         assert not at_other.take()
@@ -163,7 +163,7 @@ def test_many_changes_disturb_nobody(net: Net, router: RouterProcess) -> None:
         wait_until(lambda: steady.received > 100, timeout=20)
         for prefix in prefixes:
             net.router.route(prefix, via=OTHER)
-        with Trickle(net.client, EITHER), Arrivals(net.other) as at_other, route(net, "198.51.100.0/24", OTHER):
+        with Arrivals(net.other) as at_other, Trickle(net.client, EITHER), route(net, "198.51.100.0/24", OTHER):
             wait_until(at_other.take)
         for prefix in prefixes:
             net.router.unroute(prefix)
@@ -211,9 +211,9 @@ def test_a_policy_that_appears_is_obeyed(net: Net, router: RouterProcess) -> Non
     net.router.route("default", via=OTHER, table=100)
     with (
         route(net, "198.51.100.0/24", SERVER),
-        Trickle(net.client, EITHER),
         Arrivals(net.server) as at_server,
         Arrivals(net.other) as at_other,
+        Trickle(net.client, EITHER),
     ):
         wait_until(lambda: len(at_server.take()) > 50)
         appeared = time.time()

@@ -134,4 +134,4 @@ def test_what_finds_no_room_is_dropped_and_its_frame_comes_back(bed: Bed, ports:
 def test_a_port_that_is_not_there_is_a_drop_by_name() -> None:
     outcomes = Pipeline(as_told).run_once([bytes(14) + bytes([told]) + bytes(45) for told in (0, 1, 2, 77)], ports=2)
     assert outcomes == ["forward", "forward", "drop bad-port", "drop bad-port"]
-    assert Pipeline(as_told).run_once([bytes(14) + b"\\x07" + bytes(45)] * 3, ports=2) == ["drop bad-port"] * 3
+    assert Pipeline(as_told).run_once([bytes(14) + b"\x07" + bytes(45)] * 3, ports=2) == ["drop bad-port"] * 3
