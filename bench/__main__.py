@@ -14,7 +14,7 @@ from libfp.errors import BadInput, Error
 
 #: Name -> module with ``cases()``.
 BENCHES = {
-    "forward": "the full IPv4 forwarding compute: stages against one flat kernel",
+    "forward": "the full IPv4 forwarding compute: stages beside one flat kernel, and beside C over rte_fib",
     "hash": "exact matches of keys of 16 bytes, beside rte_hash",
     "idle": "what a quiet router costs, and what the first packet after a silence waits for",
     "lpm4": "IPv4 lookups and the bulk build, beside rte_lpm and rte_fib",

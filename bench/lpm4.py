@@ -19,9 +19,6 @@ from bench.tables import KEYS, NEXT_HOPS, Keys, Peer
 from libfp.jit import clock_hz
 from libfp.tables import Lpm4
 
-#: Lookup functions of rte_fib by number, as rte_fib.h has them.
-_FIB = {1: "scalar macro", 2: "scalar inline", 3: "scalar uni", 4: "avx512"}
-
 
 def _functions(ffi: Any, lib: Any, routes: np.ndarray) -> tuple[list[Peer], Any, Any]:
     rows = ffi.cast("uint32_t *", routes.ctypes.data)
@@ -40,7 +37,7 @@ def _functions(ffi: Any, lib: Any, routes: np.ndarray) -> tuple[list[Peer], Any,
         Peer("rte_lpm bulk", lambda *given: lib.lpm_bulk(lpm, *given)),
         Peer("rte_lpm x4", lambda *given: lib.lpm_x4(lpm, *given)),
     ]
-    made += [Peer(f"rte_fib {name}", selected(one)) for one, name in _FIB.items() if lib.fib_select(fib, one) == 0]
+    made += [Peer(f"rte_fib {name}", selected(one)) for one, name in peers.FIB.items() if lib.fib_select(fib, one) == 0]
     return made, lpm, fib
 
 

@@ -19,7 +19,7 @@ from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
-    "forward": ("full table", "one route"),
+    "forward": ("full table", "beside C", "one route"),
     "hash": tuple(f"{size} {name}" for size in ("1 k", "64 k", "1 M", "4 M") for name in ("hits", "misses")),
     "idle": ("cpu", "wake"),
     "lpm4": ("random", "in-prefix", "zipf", "build"),

@@ -1,8 +1,9 @@
 """The C libraries that benches compare with: DPDK's, in this process, over the same arrays.
 
-Every ``*.c`` in this folder is compiled with gcc -O3 -march=native into one library, which is kept beside libfp's own
-compiled code under the hash of its sources, its flags and DPDK's version. A file declares what Python calls in a
-comment that holds a line ``cdef``, as C declarations from the next line to the comment's end. Loops are timed in C.
+Every ``*.c`` in this folder is compiled with gcc -O3 -march=native into one library, and `by_clang` compiles one file
+alone; both are kept beside libfp's own compiled code under the hash of sources, flags and DPDK's version. A file
+declares what Python calls in a comment that holds a line ``cdef``, as C declarations from the next line to the
+comment's end. Loops are timed in C.
 
     try:
         ffi, lib = peers.load()
@@ -34,6 +35,8 @@ INSTALL = "apt-get install dpdk-dev gcc pkg-config"
 HERE = Path(__file__).parent
 #: Bytes that DPDK may use, in 2 MiB pages if the system can spare them.
 MEMORY = int(os.environ.get("LIBFP_PEERS_MEMORY", 2560 << 20))
+#: rte_fib's lookup functions by number, as rte_fib.h has them.
+FIB = {1: "scalar macro", 2: "scalar inline", 3: "scalar uni", 4: "avx512"}
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-Wall", "-Werror", "-DALLOW_EXPERIMENTAL_API")
 _about = ""
 
@@ -49,9 +52,16 @@ def load() -> tuple[Any, Any]:
     for path in _sources("*.c"):
         for declared in re.findall(r"/\*[^/]*?\bcdef\n(.*?)\*/", path.read_text(), re.DOTALL):
             ffi.cdef(declared)
-    lib = ffi.dlopen(str(_build()))
+    lib = ffi.dlopen(str(_build("gcc", _sources("*.c"))))
     _start(ffi, lib)
     return ffi, lib
+
+
+@functools.cache
+def by_clang(name: str) -> Any:
+    """The library of one file compiled by clang, over what `load` has started. Raises Skipped."""
+    ffi, _lib = load()
+    return ffi.dlopen(str(_build("clang", [HERE / name])))
 
 
 @functools.cache
@@ -69,30 +79,37 @@ def about() -> str:
     return _about
 
 
-def _sources(pattern: str = "*.[ch]") -> list[Path]:
+def _sources(pattern: str) -> list[Path]:
     return sorted(HERE.glob(pattern))
 
 
-def _build() -> Path:
+def _build(compiler: str, files: list[Path]) -> Path:
     """The library's path; compiled if this is the first time."""
-    for program in ("gcc", "pkg-config"):
+    for program in (compiler, "pkg-config"):
         if shutil.which(program) is None:
-            raise Skipped(f"{program} is not installed", INSTALL)
+            raise Skipped(f"{program} is not installed", INSTALL.replace("gcc", compiler))
     version = _output("pkg-config", "--modversion", "libdpdk")
-    digest = hashlib.sha256(f"{_FLAGS} {version} {_output('gcc', '--version')}".encode())
+    digest = hashlib.sha256(f"{_FLAGS} {version} {_output(compiler, '--version')}".encode())
     digest.update(cache.base_digest().encode())  # the processor, among others
-    for path in _sources():
+    for path in (*files, *_sources("*.h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     library = cache.directory() / f"peers-{digest.hexdigest()[:24]}.so"
     if not library.exists():
         flags = _output("pkg-config", "--cflags", "libdpdk").split()
         partial = library.with_suffix(f".{os.getpid()}")
-        files = [str(path) for path in _sources("*.c")]
         libraries = _output("pkg-config", "--libs", "libdpdk").split()
-        command = ["gcc", *flags, *_FLAGS, *files, "-o", str(partial), *libraries]  # ours last: the last -march counts
+        command = [
+            compiler,
+            *flags,
+            *_FLAGS,
+            *map(str, files),
+            "-o",
+            str(partial),
+            *libraries,
+        ]  # the last -march counts
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise Error(f"gcc cannot compile bench/peers: {done.stderr.strip()}")
+            raise Error(f"{compiler} cannot compile bench/peers: {done.stderr.strip()}")
         partial.rename(library)
     return library
 
