@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from bench import report
 from bench.harness import run
 from libfp.errors import BadInput, Error
 
@@ -27,17 +28,26 @@ BENCHES = {
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[report] [NAME]...")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds a case, instead of its own number.")
 @click.option("--case", "only", help="Only the cases whose name holds this text.")
 def main(names: tuple[str, ...], rounds: int | None, only: str | None) -> None:
-    """Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything."""
-    for name in names or BENCHES:
+    """Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything.
+
+    After `report` they are kept, too, and docs/bench.md is written from all that are.
+    """
+    reporting, names = names[:1] == ("report",), names[names[:1] == ("report",) :]
+    if reporting and only:
+        raise BadInput("a report is of whole benches", "leave --case out")
+    for name in names:
         if name not in BENCHES:
             raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
+    for name in names or BENCHES:
         with contextlib.closing(importlib.import_module(f"bench.{name}").cases()) as cases:  # what they use goes, too
-            for _ in run((case for case in cases if only is None or only in case.case), rounds):
-                pass
+            results = list(run((case for case in cases if only is None or only in case.case), rounds))
+        if reporting:
+            report.keep(name, results)
+            report.write(BENCHES)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Literal, TextIO
 class Case:
     """One number. `ours` and `theirs` run one round and return its measurement in `unit`.
 
-    `prepare` runs before each of them, untimed by them. `peer` is None where there is nobody to compare with.
+    `prepare` runs before each of them, untimed by them. `peer` is None where there is nobody to compare with. The claim
+    is a ratio of `bar` or more, or a figure of ours no worse than `limit`.
     """
 
     bench: str
@@ -28,6 +29,21 @@ class Case:
     prepare: Callable[[], None] = lambda: None
     rounds: int = 7
     about: str = ""
+    bar: float | None = None
+    limit: float | None = None
+
+    @property
+    def claim(self) -> str:
+        """As text: "0.85 of flat", "6 s", or nothing."""
+        if self.limit is not None:
+            return f"{self.limit:g} {self.unit}"
+        return "" if self.bar is None else f"{self.bar:g} of {self.peer}"
+
+    def met(self, ours: float, ratio: float | None) -> bool | None:
+        """Whether the claim holds; None where none is made, or nobody was there to compare with."""
+        if self.limit is not None:
+            return ours <= self.limit if self.better == "lower" else ours >= self.limit
+        return None if self.bar is None or ratio is None else ratio >= self.bar
 
 
 @dataclass
@@ -44,6 +60,11 @@ class Result:
             return None
         ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
         return ours / theirs if self.case.better == "higher" else theirs / ours
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the case's claim holds."""
+        return self.case.met(statistics.median(self.ours), self.ratio)
 
     def line(self) -> str:
         """The JSON line."""
@@ -110,6 +131,6 @@ def run(cases: Iterable[Case], rounds: int | None = None) -> Iterator[Result]:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
         if case.about:
-            print(f"{case.bench} {case.case}: {case.about}", file=sys.stderr)
+            print(f"{case.bench} {case.case}: {case.about}{case.claim and '; claim: ' + case.claim}", file=sys.stderr)
         print(result.line(), flush=True)
         yield result

@@ -160,5 +160,6 @@ def cases() -> Iterator[Case]:
                     ours=bed.ours(ring, burst, total),
                     peer=peer if theirs else None,
                     theirs=theirs,
-                    about=f"{SIZE} slots of 8 bytes, {total} elements a round; {peers.about()}; at least {bar}",
+                    about=f"{SIZE} slots of 8 bytes, {total} elements a round; {peers.about()}",
+                    bar=bar,
                 )

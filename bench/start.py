@@ -51,14 +51,12 @@ def cases() -> Iterator[Case]:
     """`help` at most 0.2 s, `warm` 2 s, `cold` 20 s."""
     common: dict[str, Any] = {"bench": "start", "unit": "s", "better": "lower"}
     with preferred(os.sched_getaffinity(0)):
-        yield Case(case="help", ours=show_help, about="fp --help; at most 0.2 s", **common)
+        yield Case(case="help", ours=show_help, about="fp --help", limit=0.2, **common)
         about = "fp router d0 d1, from the start of the process to the first packet forwarded by the fast path"
         with Lab() as lab, tempfile.TemporaryDirectory(prefix="libfp-bench-") as cache:
             wire = Wire(lab)
             start = Start(wire)
             with UdpStream(wire.gen, wire.sink, DESTINATION, RATE):
                 # the round that does not count fills the cache
-                yield Case(
-                    case="warm", ours=lambda: start(cache), about=f"{about}, compiled before; at most 2 s", **common
-                )
-                yield Case(case="cold", ours=start.cold, rounds=3, about=f"{about}, compiling; at most 20 s", **common)
+                yield Case(case="warm", ours=lambda: start(cache), about=f"{about}, compiled before", limit=2, **common)
+                yield Case(case="cold", ours=start.cold, rounds=3, about=f"{about}, compiling", limit=20, **common)

@@ -185,7 +185,7 @@ def cases() -> Iterator[Case]:
         sync = Sync(table)
         about = f"{table.count():,} routes, {table.origin}"
         yield Case(
-            case="beyond dump", ours=sync.beyond, rounds=3, about=f"{about}: beyond the kernel's own time; at most 6 s",
+            case="beyond dump", ours=sync.beyond, rounds=3, about=f"{about}: beyond the kernel's own time", limit=6,
             **common,
         )  # fmt: skip
         yield Case(

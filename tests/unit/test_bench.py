@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import forward, harness, rib
+from bench import forward, harness, report, rib
 from bench.harness import Case
+from libfp.errors import Error
 
 KEYS = {"bench", "case", "ours", "peer", "theirs", "unit", "better", "ratio"}
 ROOT = Path(harness.__file__).parent.parent
@@ -59,6 +60,29 @@ def test_progress_goes_where_it_is_sent() -> None:
     progress = io.StringIO()
     harness.measure(Case("made-up", "a case", "s", "lower", lambda: 1.5), 2, progress)
     assert progress.getvalue().splitlines()[-1] == "made-up a case: round 2 of 2, s: ours 1.5"
+
+
+def test_a_report_says_of_each_claim_whether_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, path in {"PAGE": "bench.md", "PLOTS": "bench", "KEPT": "bench/results.json"}.items():
+        monkeypatch.setattr(report, name, tmp_path / path)
+    pair = Case("pair", "one", "ns", "lower", lambda: 2.0, "flat", lambda: 3.0, bar=1.2)
+    slow = Case("pair", "two", "ns", "lower", lambda: 4.0, "flat", lambda: 3.0, bar=1.0)
+    alone = Case("alone", "start", "s", "lower", lambda: 3.0, limit=2)
+    unclaimed = Case("alone", "rate", "Mpps", "higher", lambda: 1.0)
+    report.keep("pair", [harness.measure(case, 1) for case in (pair, slow)])
+    report.keep("alone", [harness.measure(case, 1) for case in (alone, unclaimed)])
+    report.keep("pair", [harness.measure(case, 1) for case in (pair, slow)])  # in the place of the first
+    report.write({"pair": "two sides", "alone": "nobody to compare with"})
+    page = report.PAGE.read_text()
+    assert "Claims missed: alone start, pair two." in page
+    assert page.count("| one | 2.0 | flat | 3.0 | ns | 1.5 | 1.2 of flat | met |") == 1
+    assert "| two | 4.0 | flat | 3.0 | ns | 0.75 | 1 of flat | **missed** |" in page
+    assert "| start | 3.0 |  |  | s |  | 2 s | **missed** |" in page
+    assert "| rate | 1.0 |  |  | Mpps |  |  |  |" in page
+    assert {path.name for path in report.PLOTS.glob("*.svg")} == {"pair.svg", "alone.svg"}
+    report.KEPT.write_text("{")
+    with pytest.raises(Error, match="is no list of results"):
+        report.write({})
 
 
 @pytest.mark.timeout(180)  # compiles
