@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from libfp.engine.decorator import stage
 from libfp.jit import (
+    BOUNDSCHECK,
     bswap32,
+    ctz64,
     kernel,
     load8,
     load32,
@@ -18,6 +20,7 @@ from libfp.jit import (
     store64,
     ult64,
     unlikely,
+    without_lowest64,
 )
 from libfp.packet.burst import (
     FLAG,
@@ -37,6 +40,7 @@ from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 from libfp.stages.forwarding6 import forward6
+from libfp.stages.ipv4_vector import ALL, forwardable8
 from libfp.stages.multipath import look_closer
 from libfp.stages.routes import (
     ACTION_FORWARD,
@@ -68,21 +72,16 @@ def forward(burst: Burst, routes: RoutesView) -> None:
     at, n, base = burst.at, burst.count, burst.base
     checks, sources = routes.checks(burst.port), routes.sources
     store64(at + FLAG, 0)
-    for i in range(n):
-        if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
-            check_other(burst, i)
-            continue
-        ip = base + load64(at + FRAME + 8 * i) + _IP
-        low, high, last = load64(ip), load64(ip + 8), load32(ip + 16)
-        if unlikely(not is_ipv4_sum(low, high, last)):
-            burst.drop(i, "ipv4-checksum")
-            continue
-        destination = bswap32(last)
-        routes.fib.prefetch(destination)
-        store32(at + KEY + 4 * i, destination)
-        unusual = is_unusual(sources, shr64(high, 32), last) | checks & CHECK_SOURCES
-        if unlikely(unusual != 0) or unlikely((high & 0xFF) < 2):
-            check_unusual(burst, i, routes)
+    whole = 0 if BOUNDSCHECK or checks & CHECK_SOURCES != 0 else n & ~7
+    for i in range(0, whole, 8):
+        odd = forwardable8(at, base, i, sources) ^ ALL
+        for k in range(i, i + 8):
+            routes.fib.prefetch(load32(at + KEY + 4 * k))
+        while unlikely(odd != 0):
+            check(burst, i + ctz64(odd), routes)
+            odd = without_lowest64(odd)
+    for i in range(whole, n):
+        check(burst, i, routes)
     routes.fib.lookup_burst(at + KEY, at + NEXT_HOP, n)
     hops, most, hits, epoch = routes.hops, routes.capacity, routes.hits, routes.epoch
     back = (FORWARD << KIND_SHIFT) + burst.port if checks & PORT_REDIRECTS != 0 else -1
@@ -117,6 +116,24 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         store32(data + _IP + 8, word + (word + 0x10000 >> 32 << 16))  # the carry; and never -0: RFC 1624
         store32(hits + 4 * hop, epoch)
         store32(at + VERDICT + 4 * i, verdict)
+
+
+@kernel
+def check(burst: Burst, i: int, routes: RoutesView) -> None:
+    """The KEY of one packet, or a verdict."""
+    at = burst.at
+    if unlikely(load32(at + KIND + 4 * i) != KIND_IPV4):
+        check_other(burst, i)
+        return
+    ip = burst.data(i) + _IP
+    high, last = load64(ip + 8), load32(ip + 16)
+    if unlikely(not is_ipv4_sum(load64(ip), high, last)):
+        burst.drop(i, "ipv4-checksum")
+        return
+    store32(at + KEY + 4 * i, bswap32(last))
+    unusual = is_unusual(routes.sources, shr64(high, 32), last) | routes.checks(burst.port) & CHECK_SOURCES
+    if unlikely(unusual != 0) or unlikely((high & 0xFF) < 2):
+        check_unusual(burst, i, routes)
 
 
 @kernel

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from libfp.engine.decorator import stage
-from libfp.jit import bswap16, kernel, load8, load16, load16be, load32, load64, shr64, store32, ult64, unlikely
+from libfp.jit import (
+    BOUNDSCHECK,
+    bswap16,
+    ctz64,
+    kernel,
+    load8,
+    load16,
+    load16be,
+    load64,
+    shr64,
+    store32,
+    ult64,
+    unlikely,
+    without_lowest64,
+)
 from libfp.packet.burst import (
-    FRAME,
     KIND,
     KIND_IPV4,
     KIND_IPV4_OPTIONS,
     KIND_IPV6,
     KIND_IPV6_OPTIONS,
-    LENGTH,
     Burst,
 )
 from libfp.packet.headers import ETHERNET_SIZE, HOP_BY_HOP, IPV6_SIZE
+from libfp.stages.ipv4_vector import ALL, IPV4_MIN, PLAIN, plain8
 
 _IPV4_TYPE = 0x0008  # 0x0800 as the machine loads it
 _IPV6_TYPE = 0xDD86
-_PLAIN = 0x0045_0008  # the same, then version 4 with a header of five words: nearly every packet
-_IPV4_MIN = ETHERNET_SIZE + 20
 
 
 @stage.burst
@@ -31,25 +42,36 @@ def parse(burst: Burst) -> None:
     `packet.is_ipv6` that the header and all `payload_length` bytes are. Malformed packets are dropped by name; other
     protocols pass unmarked.
     """
-    columns, base = burst.at, burst.base
-    for i in range(burst.count):
-        length = load32(columns + LENGTH + 4 * i)
-        if unlikely(length < _IPV4_MIN):
-            if length < ETHERNET_SIZE:
-                burst.drop(i, "ethernet-truncated")
-            elif load16(burst.data(i) + 12) == _IPV4_TYPE:
-                burst.drop(i, "ipv4-truncated")
-            elif load16(burst.data(i) + 12) == _IPV6_TYPE:
-                burst.drop(i, "ipv6-truncated")
-            continue
-        at = base + load64(columns + FRAME + 8 * i)
-        word = load64(at + 12)  # type, version and header length, TOS, total length
-        total = bswap16(shr64(word, 32))
-        # 20 <= total <= length - 14, in one comparison
-        if unlikely(word & 0x00FF_FFFF != _PLAIN) or unlikely(ult64(total - 20, length - _IPV4_MIN + 1) == 0):
-            look_closer(burst, i, at, total, length)
-            continue
-        store32(columns + KIND + 4 * i, KIND_IPV4)
+    n, at, base = burst.count, burst.at, burst.base
+    whole = 0 if BOUNDSCHECK else n & ~7
+    for i in range(0, whole, 8):
+        odd = plain8(at, base, i) ^ ALL
+        while unlikely(odd != 0):
+            parse_one(burst, i + ctz64(odd))
+            odd = without_lowest64(odd)
+    for i in range(whole, n):
+        parse_one(burst, i)
+
+
+@kernel
+def parse_one(burst: Burst, i: int) -> None:
+    """The KIND of one packet, or a verdict."""
+    at, length = burst.data(i), burst.length(i)
+    if unlikely(length < IPV4_MIN):
+        if length < ETHERNET_SIZE:
+            burst.drop(i, "ethernet-truncated")
+        elif load16(at + 12) == _IPV4_TYPE:
+            burst.drop(i, "ipv4-truncated")
+        elif load16(at + 12) == _IPV6_TYPE:
+            burst.drop(i, "ipv6-truncated")
+        return
+    word = load64(at + 12)  # type, version and header length, TOS, total length
+    total = bswap16(shr64(word, 32))
+    # 20 <= total <= length - 14, in one comparison
+    if unlikely(word & 0x00FF_FFFF != PLAIN) or unlikely(ult64(total - 20, length - IPV4_MIN + 1) == 0):
+        look_closer(burst, i, at, total, length)
+        return
+    store32(burst.at + KIND + 4 * i, KIND_IPV4)
 
 
 @kernel

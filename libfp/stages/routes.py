@@ -52,9 +52,9 @@ FIELD_SRC, FIELD_DST, FIELD_PROTOCOL, FIELD_LABEL, FIELD_SPORT, FIELD_DPORT = 1,
 
 # The filter that tells usual addresses: one byte for each value of an address's first byte, 1 where it is in 0/8, 127/8
 # or 224/3; then one byte for each hash of an address, 1 where an address of this host has it.
-_FIRST_BYTES = 256
-_HASHES = 2048
-_FILTER_WORDS = (_FIRST_BYTES + _HASHES) // 8
+FIRST_BYTES = 256
+_HASHES, HASH, HASH_SHIFT = 2048, 0x9E3779B1, 21
+_FILTER_WORDS = (FIRST_BYTES + _HASHES) // 8
 
 #: Reasons that routes give.
 REASONS = (
@@ -126,14 +126,14 @@ def _write_word(block, offset, value):  # type: ignore[no-untyped-def]
 @kernel
 def _hash(address: int) -> int:
     """Of an address as it lies in a packet, loaded in the machine's order."""
-    return (address * 0x9E3779B1 & 0xFFFFFFFF) >> 21
+    return (address * HASH & 0xFFFFFFFF) >> HASH_SHIFT
 
 
 @kernel
 def is_unusual(filter_at: int, source: int, destination: int) -> int:
     """0 if both are plain unicast addresses and `source` surely none of this host's. As they lie in the packet."""
     found = load8(filter_at + (source & 0xFF)) | load8(filter_at + (destination & 0xFF))
-    return found | load8(filter_at + _FIRST_BYTES + _hash(source))
+    return found | load8(filter_at + FIRST_BYTES + _hash(source))
 
 
 class NextHops(Table):
@@ -273,9 +273,9 @@ class NextHops(Table):
 
     def set_local_hashes(self, hashes: Iterable[int]) -> None:
         """Which hashes of sources may be addresses of this host."""
-        marks = np.zeros(_FIRST_BYTES + _HASHES, np.uint8)
+        marks = np.zeros(FIRST_BYTES + _HASHES, np.uint8)
         marks[[0, 127, *range(224, 256)]] = 1
-        marks[[_FIRST_BYTES + value for value in hashes]] = 1
+        marks[[FIRST_BYTES + value for value in hashes]] = 1
         words = marks.view(np.int64)
         with self.lock:
             for offset in np.flatnonzero(words != self._filter).tolist():
