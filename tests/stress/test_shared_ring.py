@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from libfp.errors import PeerGone
 from libfp.jit import (
     INTERPRETED,
     Arena,
@@ -34,8 +35,8 @@ CHILD = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
 
 
 @kernel
-def _produce(ring, scratch, count, burst, sched_yield):  # type: ignore[no-untyped-def]
-    done = idle = 0
+def _produce(ring, scratch, done, count, burst, sched_yield):  # type: ignore[no-untyped-def]
+    idle = 0
     while done < count:
         for i in range(burst):
             store64(scratch + 8 * i, done + i)
@@ -47,10 +48,11 @@ def _produce(ring, scratch, count, burst, sched_yield):  # type: ignore[no-untyp
 
 
 @kernel
-def _consume(ring, scratch, count, burst, sched_yield):  # type: ignore[no-untyped-def]
-    done = wrong = idle = 0
+def _consume(ring, scratch, done, count, burst, sched_yield):  # type: ignore[no-untyped-def]
+    """Take the numbers from `done` up to `count`; how many are not in their place."""
+    wrong = idle = 0
     while done < count:
-        got = ring.dequeue_burst(scratch, burst)
+        got = ring.dequeue_burst(scratch, min(burst, count - done))
         idle = idle + 1 if got == 0 else 0
         if idle & 15 == 15:
             call(sched_yield, 0, 0, 0, 0, 0, 0)
@@ -60,17 +62,40 @@ def _consume(ring, scratch, count, burst, sched_yield):  # type: ignore[no-untyp
     return wrong
 
 
+def _producer(ring, first, count, burst):
+    command = [sys.executable, "-c", CHILD, *map(str, (ring.fd, first, count, burst))]
+    return subprocess.Popen(command, pass_fds=[ring.fd])
+
+
 @pytest.mark.parametrize(("size", "burst"), [(2, 1), (4, 3), (8, 16)])
 def test_two_processes(size, burst):
     ring = SharedSpsc.create(size, side="consumer", start=WRAP - COUNT // 2)
     scratch = Arena(8 * burst)
-    _consume(ring.view, scratch.address, 0, burst, SCHED_YIELD)  # compile
-    command = [sys.executable, "-c", CHILD, str(ring.fd), str(COUNT), str(burst)]
-    with subprocess.Popen(command, pass_fds=[ring.fd]) as child:
-        assert _consume(ring.view, scratch.address, COUNT, burst, SCHED_YIELD) == 0
+    _consume(ring.view, scratch.address, 0, 0, burst, SCHED_YIELD)  # compile
+    with _producer(ring, 0, COUNT, burst) as child:
+        assert _consume(ring.view, scratch.address, 0, COUNT, burst, SCHED_YIELD) == 0
         assert child.wait() == 0
     assert len(ring) == 0
     assert not ring.peer_alive
+    ring.close()
+
+
+def test_producers_killed_while_they_produce():
+    """What each has published is all there, in order; and the next goes on behind it."""
+    ring = SharedSpsc.create(8, side="consumer", start=WRAP - 1000)
+    scratch, done = Arena(8 * 16), 0
+    _consume(ring.view, scratch.address, 0, 0, 3, SCHED_YIELD)  # compile
+    for turn in range(3):
+        with _producer(ring, done, 1 << 60, 3 + turn) as child:
+            more = done + 200 + COUNT // 100 + turn
+            assert _consume(ring.view, scratch.address, done, more, 3, SCHED_YIELD) == 0
+            child.kill()
+        left = ring.dequeue_burst(8).tolist()
+        assert left == list(range(more, more + len(left)))
+        assert len(ring) == 0
+        with pytest.raises(PeerGone):
+            ring.check()
+        done = more + len(left)
     ring.close()
 
 
@@ -124,10 +149,10 @@ def test_indexes_that_change_all_the_time_lead_nowhere(side):
     ring.close()
 
 
-def main(fd: int, count: int, burst: int) -> None:
+def main(fd: int, first: int, count: int, burst: int) -> None:
     ring = SharedSpsc.attach(fd, side="producer")
     scratch = Arena(8 * burst)
-    _produce(ring.view, scratch.address, count, burst, SCHED_YIELD)
+    _produce(ring.view, scratch.address, first, count, burst, SCHED_YIELD)
 
 
 if __name__ == "__main__":
