@@ -34,7 +34,7 @@ from libfp.rings.ring import Ring
 from libfp.rings.slots import ahead, put, rest, take
 
 # Two lines apart, because processors fetch lines in pairs.
-PRODUCER, CONSUMER, _PRODUCERS_OWN, _CONSUMERS_OWN, SLOTS = 0, 128, 256, 384, 512
+PRODUCER, CONSUMER, PRODUCERS_OWN, CONSUMERS_OWN, SLOTS = 0, 128, 256, 384, 512
 # In a side's own line: its index, the other side's as last seen, and when it was looked for in vain.
 OWN, SEEN, LOOKED = 0, 8, 16
 
@@ -169,7 +169,7 @@ class Spsc(Ring):
         super().__init__(size, element)
         self.arena = Arena(SLOTS + size * element)
         base = self.arena.address
-        self.view = SpscView(base, base + _PRODUCERS_OWN, base + _CONSUMERS_OWN, size, element)
+        self.view = SpscView(base, base + PRODUCERS_OWN, base + CONSUMERS_OWN, size, element)
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:

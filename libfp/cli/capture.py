@@ -45,6 +45,8 @@ def capture(
             click.echo(f"fp: writing to {path}, until Ctrl-C", err=True)
         try:
             for _, _, record, _ in watch:
+                if record.verdict.kind == "hand-off":
+                    continue  # what becomes of it, the other worker's record says
                 when, verdict = watch.listener.time_ns(record), str(record.verdict)
                 if (port := record.verdict.port) is not None:
                     verdict += f" {ports[port]}" if port < len(ports) else f" {port}"

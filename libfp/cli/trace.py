@@ -44,7 +44,7 @@ def trace(expression: tuple[str, ...], count: int, name: str | None, seconds: fl
 def _told(listener: Listener, number: int, worker: int, record: Record, headers: Headers) -> dict[str, Any]:
     ports = dict(enumerate(listener.ports))
     before, stages = 0, []
-    for name, (kind, verdict) in zip(listener.stages, record.stages, strict=False):
+    for name, (kind, verdict) in zip(listener.stages[record.first :], record.stages, strict=False):
         did = str(verdict)
         if verdict.port is not None:
             did += f" {ports.get(verdict.port, verdict.port)}"
@@ -52,7 +52,8 @@ def _told(listener: Listener, number: int, worker: int, record: Record, headers:
             did = _kind(kind) if kind != before else "passed on"
         stages.append({"stage": name, "did": did})
         before = kind
-    stages += [{"stage": name, "did": "never came there"} for name in listener.stages[len(record.stages) :]]
+    rest = "later, in the other worker" if record.verdict.kind == "hand-off" else "never came there"
+    stages += [{"stage": name, "did": rest} for name in listener.stages[record.first + len(record.stages) :]]
     end = str(record.verdict)
     if record.verdict.port is not None:
         end += f" {ports.get(record.verdict.port, record.verdict.port)}"

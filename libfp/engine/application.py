@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from libfp.engine import context, observe
 from libfp.engine.control import Control
+from libfp.engine.crew import Crew
 from libfp.engine.helper import Helper
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters, StatsPage
@@ -69,6 +70,7 @@ class Application:
         self.control = Control()  # what other processes may ask: `fp trace` and the like
         self._owner = getattr(self.ports[0], "owner", None)
         self._states: list[WorkerState] = []
+        self._crew: Crew | None = None
         self._changing = threading.Lock()  # among those who add workers and who stops
         self.taps = Taps(lambda: [(w.state.memory, w.running) for w in self.workers], len(pipeline.stages))
         self._ended = threading.Event()
@@ -114,6 +116,9 @@ class Application:
         start = ctypes.addressof(ctypes.c_char.from_buffer(self.page.page))
         memory.register(start, len(self.page.page))
         self._page_start = start
+        if self.pipeline.hands_off:
+            self._crew = Crew(len(self._allowed))
+        self._began_with = len(self.cores)
         for number in range(len(self.cores)):
             self._states.append(self._state(number))
         self._loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
@@ -131,6 +136,8 @@ class Application:
             self._page_start + self.page.block_offset(number),
             frame_size=self.frame_size,
             punt=self._owner is not None,
+            workers=self._began_with,
+            crew=self._crew,
         )
 
     def _help(self) -> None:
@@ -173,7 +180,9 @@ class Application:
                 self.cores.remove(core)
                 self._states.remove(state)
                 self._help()
-                state.close() if ended and not handed else _keep([worker, self.page])
+                if self._crew is not None and state.member is not None:
+                    ended &= self._crew.dismiss(state.member)
+                state.close() if ended and not handed else _keep([worker, self.page, self._crew])
                 raise
             self.workers.append(worker)
             self.page.describe(workers=len(self.workers), cores=self.cores, zero_copy=self.zero_copy)
@@ -239,14 +248,18 @@ class Application:
             self.helper = None
         if self._owner is not None:
             self._owner.stopped()
+        lent = dead and self._crew is not None  # what is dead may have any other's frames
         if dead:
-            _keep([self.taps, self.page, dead])
+            _keep([self.taps, self.page, dead, self._crew, list(self._states) if lent else []])
         elif self._states:
             self.taps.close_all()
         while self._states:
             state = self._states.pop()
-            if all(worker.state is not state for worker in dead):
+            if not lent and all(worker.state is not state for worker in dead):
                 state.close()
+        if self._crew is not None and not dead:
+            self._crew.close()
+            self._crew = None
         for port in self.ports:
             port.close()
         if self.page is not None and self.page.fd >= 0:

@@ -12,17 +12,20 @@ from libfp.ports.rings import BLOCK, FreeFrames, PortRings
 # Byte offsets of the private block.
 CONTROL, STATISTICS, PORT_COUNT, PORTS, FREE, REASONS, REASON_MASK, BUCKETS = range(0, 64, 8)
 PUNT_RING, RECORD, LIBC_SENDTO, LIBC_RECV, LIBC_POLL, LIBC_WRITE, POLL_FDS, LIBC_PRCTL = range(64, 128, 8)
-UMEM, IDLE_LIMIT = 128, 136
+UMEM, IDLE_LIMIT, LENDING = 128, 136, 144
 SIZE = 192
 
 # The control line, written by the control plane alone: end; and whereto the worker is to show what it does, or 0.
 STOP, TAP = 0, 8
 
 # Words of the statistics block. Ports and reasons follow at `FIRST_PORT`.
-HEARTBEAT, BURSTS, SYSCALLS, PARKS, UPDATES, PARKED, CONSUMED, THREAD = range(0, 64, 8)
-WORKER_COUNTERS = ("heartbeat", "bursts", "syscalls", "parks", "updates", "parked", "consumed", "thread")
+HEARTBEAT, BURSTS, SYSCALLS, PARKS, UPDATES, PARKED, CONSUMED, THREAD, HANDED_OFF, BORROWED, RETURNED = range(0, 88, 8)
+WORKER_COUNTERS = (
+    *("heartbeat", "bursts", "syscalls", "parks", "updates", "parked", "consumed", "thread"),
+    *("handed_off", "borrowed", "returned"),  # lent to others, taken from others, back from others
+)
 STOPPED = 2  # of PARKED: 0 turning, 1 asleep for want of packets
-FIRST_PORT = 64
+FIRST_PORT = 128
 
 
 @native

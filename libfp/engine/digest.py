@@ -32,10 +32,16 @@ class Digest:
     def __init__(self) -> None:
         self.parts: list[str] = []
         self.strings: set[str] = set()
+        self.hands_off = False  # whether something in it calls `hand_off`
         self._seen: set[int] = set()
 
     def text(self) -> str:
         return "\n".join(self.parts)
+
+    def merge(self, other: Digest) -> None:
+        self.parts += other.parts
+        self.strings |= other.strings
+        self._seen |= other._seen
 
     def add_function(self, function: Any, owner: str) -> None:
         """`function` and everything it reaches; `owner` is how errors call the stage."""
@@ -50,6 +56,7 @@ class Digest:
         self._add_code(code, function, cells, owner, hot)
 
     def _add_code(self, code: CodeType, function: Any, cells: dict[str, Any], owner: str, hot: bool) -> None:
+        self.hands_off |= "hand_off" in code.co_names and function.__module__ != "libfp.packet.burst"
         constants = []
         for constant in code.co_consts:
             if isinstance(constant, CodeType):

@@ -44,8 +44,14 @@ class Pipeline:
             raise BadInput("a pipeline without stages", "Pipeline(parse, ...)")
         self.stages = [as_bound(one) for one in stages]
         self._digest = Digest()
-        for bound in self.stages:
-            self._digest.add_function(bound.stage.function, f"stage {bound.stage.__name__!r}")
+        #: Numbers of the stages that may hand packets off to other workers; without any, there is nothing for it.
+        self.hands_off: list[int] = []
+        for number, bound in enumerate(self.stages):
+            digest = Digest()
+            digest.add_function(bound.stage.function, f"stage {bound.stage.__name__!r}")
+            self._digest.merge(digest)
+            if digest.hands_off:
+                self.hands_off.append(number)
             for value in bound.arguments:
                 if is_constant(value):
                     self._digest.add_strings(value)
@@ -100,7 +106,16 @@ class Pipeline:
         names = [bound.stage.__name__ for bound in self.stages]
         arguments = [f"a{number}" for number in range(len(self._bindings))]
         title = "the pipeline " + ", ".join(names) + f" (kick: {kick}, idle: {idle})"
-        source = loop.render(title, self._calls, arguments, kick=kick, idle=idle, sealed=sealed, budget=UPDATE_BUDGET)
+        source = loop.render(
+            title,
+            self._calls,
+            arguments,
+            kick=kick,
+            idle=idle,
+            sealed=sealed,
+            budget=UPDATE_BUDGET,
+            hands_off=self.hands_off,
+        )
         scope = {f"stage_{number}": bound.stage.kernel for number, bound in enumerate(self.stages)}
         return generate("pipeline", source, self._digest.text(), scope)
 

@@ -24,7 +24,7 @@ RATES: Mapping[str, int] = {
 }
 
 #: Reasons that the engine itself gives.
-ENGINE_REASONS = ("punt-rate", "punt-ring-full", "tx-full", "bad-port", "undecided")
+ENGINE_REASONS = ("punt-rate", "punt-ring-full", "tx-full", "bad-port", "bad-worker", "hand-off-full", "undecided")
 
 BUCKET = 32  # ticks a token costs, ticks the bucket holds at most, time up to which it is spent
 

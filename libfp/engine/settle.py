@@ -30,7 +30,7 @@ _PUNT_RATE = (DROP << KIND_SHIFT) + reason_code("punt-rate")
 _PUNT_FULL = (DROP << KIND_SHIFT) + reason_code("punt-ring-full")
 _BAD_PORT = (DROP << KIND_SHIFT) + reason_code("bad-port")
 _TX_FULL = (DROP << KIND_SHIFT) + reason_code("tx-full")
-_UNDECIDED = (PUNT << KIND_SHIFT) + reason_code("undecided")
+UNDECIDED = (PUNT << KIND_SHIFT) + reason_code("undecided")
 
 
 @kernel
@@ -142,7 +142,7 @@ def finish(context: Context, burst: Burst) -> None:
 def _leave_to_linux(context: Context, burst: Burst) -> None:
     record = load64(context.at + RECORD)
     for i in range(burst.count):
-        lost = _end(context, burst, i, _UNDECIDED)
+        lost = _end(context, burst, i, UNDECIDED)
         if record != 0:
             tap_end(record, burst, i, 0, lost)
     burst.count = 0

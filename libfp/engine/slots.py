@@ -18,6 +18,7 @@ PRODUCER, DROPPED, CONSUMER, SLOTS = 0, 8, 64, 128
 
 # Byte offsets in a slot.
 TICKS, FRAME, LENGTH, PORT, VERDICT, NEXT_HOP, LENGTH_OUT, RAN, LOST, MARK = 0, 8, 16, 20, 24, 28, 32, 36, 40, 48
+# In the upper half of LOST's 8 bytes: the stage that the packet began with here.
 STAGES = 64
 _HEADER = struct.Struct("<QQIIIIIIIIQ")
 
@@ -26,7 +27,7 @@ DELIVERED, OVER_RATE, RING_FULL = 0, 1, 2
 _LOSSES = {OVER_RATE: "punt-rate", RING_FULL: "punt-ring-full"}
 
 KIND_SHIFT, PORT_MASK = 28, 0xFFFF  # of a verdict word: see `libfp.packet.verdict`
-KINDS = ("pass", "forward", "drop", "punt", "consume")
+KINDS = ("pass", "forward", "drop", "punt", "consume", "hand-off")
 
 
 def stride_of(stages: int, snap: int) -> int:
@@ -61,6 +62,8 @@ class Verdicts:
         kind = KINDS[min(word >> KIND_SHIFT, len(KINDS) - 1)]
         if kind == "forward":
             return Verdict(kind, "", word & PORT_MASK)
+        if kind == "hand-off":
+            return Verdict(kind, f"to worker {word & PORT_MASK}")
         return Verdict(kind, self._names.get(word, ("", "other" if kind in ("drop", "punt") else ""))[1])
 
 
@@ -68,7 +71,8 @@ class Verdicts:
 class Record:
     """One packet: when (ticks of the clock), where, how long, what it was and became, and what each stage left.
 
-    `stages`: (kind of `libfp.packet.burst`, verdict) after each stage that it came to. `verdict` is what became of it
+    `stages`: (kind of `libfp.packet.burst`, verdict) after each stage that it came to, from stage number `first` on:
+    that is not 0 where another worker has handed it off, whose own record of it ends so. `verdict` is what became of it
     in the end: a packet that a stage forwards may be dropped because the port has no room. `lost` names why a punted
     packet did not reach Linux. `data` and `out` (of a forwarded packet) are cut at the tap's `snap`.
     """
@@ -82,6 +86,7 @@ class Record:
     lost: str
     next_hop: int
     mark: int
+    first: int
     stages: tuple[tuple[int, Verdict], ...]
     data: bytes
     out: bytes
@@ -116,8 +121,9 @@ class RingReader:
     def _record(self, at: int) -> Record:
         memory, verdicts = self._memory, self._verdicts
         head = _HEADER.unpack_from(memory, at)
-        ticks, frame, length, port, word, next_hop, length_out, ran, lost, _, mark = head
-        steps = struct.iter_unpack("<II", memory[at + STAGES : at + STAGES + 8 * min(ran, self._stages)])
+        ticks, frame, length, port, word, next_hop, length_out, ran, lost, first, mark = head
+        began, ended = at + STAGES + 8 * first, at + STAGES + 8 * min(ran, self._stages)
+        steps = struct.iter_unpack("<II", memory[began:ended])
         verdict = verdicts(word)
         data = at + STAGES + 8 * self._stages
         out = data + self._snap
@@ -132,6 +138,7 @@ class RingReader:
             _LOSSES.get(lost, ""),
             next_hop,
             mark,
+            first,
             tuple((kind, verdicts(left)) for kind, left in steps),
             bytes(memory[data : data + min(length, self._snap)]),
             bytes(memory[out : out + sent]),

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from libfp.engine import context as c
 from libfp.engine.context import ContextMemory
+from libfp.engine.crew import Crew, Member
+from libfp.engine.handoff import MOST
 from libfp.engine.punt import PuntRing
 from libfp.engine.replicas import Replicas
 from libfp.jit import Arena, store64
 from libfp.jit.libc import address_of
 from libfp.jit.memory import view
-from libfp.packet.burst import BURST, BurstMemory
+from libfp.packet.burst import BURST, WORKER, WORKERS, BurstMemory
 from libfp.ports.frames import FrameMemory, OpenPort
 from libfp.ports.rings import COUNTERS_SIZE, PortBlocks
 
@@ -27,7 +29,8 @@ IDLE_LIMIT = 20_000  # empty turns before a worker parks: about a millisecond
 class WorkerState:
     """The memory of worker number `queue` of a pipeline, its queue of each port opened over one UMEM.
 
-    `statistics` is the address of its counters, which outlives it. `punt` gives it a punt ring.
+    `statistics` is the address of its counters, which outlives it. `punt` gives it a punt ring. `workers` is what
+    stages are told. `crew` outlives it, too; where the pipeline hands packets off and there is none, it is alone.
     """
 
     def __init__(
@@ -41,11 +44,20 @@ class WorkerState:
         frame_size: int = 2048,
         guard: str = "",
         punt: bool = False,
+        workers: int = 1,
+        crew: Crew | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.member: Member | None = None
         self._closers: list[Callable[[], None]] = []
         try:
+            if crew is None and pipeline.hands_off:
+                crew = self._own(Crew(1))
             self._build(open_all, ports, queue, statistics, frame_size, guard, punt)
+            store64(self._burst.burst.at + WORKER, queue)
+            store64(self._burst.burst.at + WORKERS, workers)
+            if crew is not None:
+                self.member = crew.join(queue, self.memory, self.frames)
         except BaseException:
             self.close()
             raise
@@ -61,7 +73,8 @@ class WorkerState:
         punt: bool,
     ) -> None:
         ring_size = max((port.ring_size for port in ports), default=0)
-        self.frames = self._own(FrameMemory(3 * ring_size * len(ports) + BURST, frame_size, guard=guard))
+        frames = 3 * ring_size * len(ports) + BURST + (MOST if self.pipeline.hands_off else 0)
+        self.frames = self._own(FrameMemory(frames, frame_size, guard=guard))
         self.open_ports = open_all(ports, queue, self.frames)
         self._closers += [port.close for port in self.open_ports]
         self._burst = BurstMemory()

@@ -40,7 +40,7 @@ from libfp.jit import (
     unlikely,
 )
 from libfp.jit import memory as _memory
-from libfp.packet.burst import BURST, KIND, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
+from libfp.packet.burst import BURST, FIRST, KIND, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 
 log = logging.getLogger("libfp.tap")
@@ -93,7 +93,7 @@ def tap_begin(tap: int, burst: Burst) -> None:
             store32(slot + slots.PORT, burst.port)
             store64(slot + slots.VERDICT, 0)
             store64(slot + slots.LENGTH_OUT, 0)
-            store64(slot + slots.LOST, 0)
+            store64(slot + slots.LOST, load64(burst.at + FIRST) << 32)
             copy(_data(entry, slot), burst.data(i), min(length, load64(entry + _SNAP)))
     store64(tap + _COUNT, n)
     now = clock()
@@ -144,6 +144,13 @@ def tap_end(tap: int, burst: Burst, i: int, verdict: int, lost: int) -> None:
         if verdict >> KIND_SHIFT == FORWARD:
             snap = load64(entry + _SNAP)
             copy(_data(entry, slot) + snap, burst.data(i), min(length, snap))
+
+
+@kernel
+def tap_skip(tap: int) -> None:
+    """The packets of the burst that follows are not shown."""
+    for entry in range(tap + _FIRST, tap + _FIRST + _ENTRY * load64(tap + _RINGS), _ENTRY):
+        store64(entry + _TAKEN, 0)
 
 
 @kernel

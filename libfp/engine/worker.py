@@ -79,6 +79,8 @@ class Worker:
 
     def _start(self, timeout: float) -> None:
         self.state.replicas.reset()
+        if self.state.member is not None:
+            self.state.member.recover()
         self.state.memory.stop(False)
         began, self.error = self.heartbeat, None
         arguments = self.state.direct_arguments()
@@ -110,6 +112,8 @@ class Worker:
         if yes != self._taking:
             self._taking = yes
             self._seen = (self.heartbeat, time.monotonic())
+            if self.state.member is not None:
+                self.state.member.takes(yes)
             for port in self._ports:
                 (port.take if yes else port.leave)(self.number)
 
@@ -126,9 +130,12 @@ class Worker:
         with self._lock:
             self._stalled = False
             self._take(False)
-        began, deadline = self.heartbeat, time.monotonic() + 0.05
-        while self.running and self.heartbeat < began + 64 and time.monotonic() < deadline:
-            time.sleep(0.0005)  # a few turns more, for packets that were in the rings
+        began, deadline, member = self.heartbeat, time.monotonic() + 0.05, self.state.member
+        beats = member.beats() if member is not None else []
+        while self.running and time.monotonic() < deadline:  # a few turns more, for packets that were in the rings
+            if self.heartbeat >= began + 64 and (member is None or member.is_quiet(beats)):
+                break
+            time.sleep(0.0005)
         told = self.dead
         self.state.memory.stop(True)
         thread.join(0 if told else timeout)
@@ -137,6 +144,8 @@ class Worker:
                 log.error("%s: its traffic stays with Linux", self._not_back())
             return False
         self._thread = None
+        if member is not None:
+            member.give_up()
         store64(self._statistics + PARKED, STOPPED)  # its word is ours now: nobody need stay awake for it
         self.state.replicas.stop()
         return True

@@ -6,6 +6,10 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     8     base      address of the UMEM's frame 0
     16    port      the port they arrived on
     24    flag      scratch within one stage
+    32    worker    number of the worker whose burst it is
+    40    workers   how many the application began with
+    48    lender    0; of packets that another worker has lent, where that one's lanes are described
+    56    first     number of the stage they go on with
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
     832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header without options, 0x14: one with
@@ -25,7 +29,7 @@ of 0..count-1 live when it begins, and within one stage the first verdict wins.
 
 from __future__ import annotations
 
-from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, store32, store64, word
+from libfp.jit import Arena, clear128, load8, load16be, load32, load64, native, store32, store64, ult64, word
 from libfp.packet.headers import (
     ETHERNET_SIZE,
     ICMP,
@@ -40,10 +44,11 @@ from libfp.packet.headers import (
     Tcp,
     Udp,
 )
-from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, PORT_MASK, PUNT, reason_code
+from libfp.packet.verdict import CONSUME, DROP, FORWARD, HAND_OFF, KIND_SHIFT, PORT_MASK, PUNT, reason_code
 
 BURST = 64
-FLAG, FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 24, 64, 576, 832, 1088, 1344, 1600, 1856
+FLAG, WORKER, WORKERS, LENDER, FIRST = range(24, 64, 8)
+FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
 WIDE, PICKED, FOUND = 2368, 3392, 3648
 SIZE = 3904
 
@@ -189,6 +194,26 @@ class Packet:
         """Take it: its frame goes back to the pool, nothing is sent, and it counts as consumed."""
         self.settle(CONSUME << KIND_SHIFT)
 
+    @property
+    def worker(self) -> int:
+        """Number of the worker that handles it now."""
+        return load64(self.burst + WORKER)
+
+    @property
+    def workers(self) -> int:
+        """How many workers the application began with; numbers below have a queue for as long as it runs."""
+        return load64(self.burst + WORKERS)
+
+    def hand_off(self, worker: int) -> None:
+        """Have worker number `worker` go on with it, in the next stage; if that is this one, nothing happens.
+
+        The frame is lent: what the other decides, this worker carries out. Dropped as "bad-worker" where there is none
+        or it does not run, as "hand-off-full" where it has too many already.
+        """
+        if worker != load64(self.burst + WORKER):
+            known = ult64(worker, PORT_MASK)
+            self.settle((HAND_OFF << KIND_SHIFT) + (worker if known else PORT_MASK))
+
 
 @native
 class Burst:
@@ -253,6 +278,17 @@ class Burst:
 
     def forward(self, i: int, port: int) -> None:
         Packet(self.at, i).forward(port)
+
+    @property
+    def worker(self) -> int:
+        return load64(self.at + WORKER)
+
+    @property
+    def workers(self) -> int:
+        return load64(self.at + WORKERS)
+
+    def hand_off(self, i: int, worker: int) -> None:
+        Packet(self.at, i).hand_off(worker)
 
     def begin(self, count: int) -> None:
         """Make entries 0..count-1, whose frame and length have been written, fresh packets."""

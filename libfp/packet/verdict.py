@@ -1,5 +1,5 @@
 """Verdicts: what becomes of a packet. A 32-bit word: four bits of kind, then 28 bits of reason, or
-the port a forwarded packet leaves by.
+the port a forwarded packet leaves by, or the worker that goes on with one that is handed off.
 
 A reason is a string literal in a stage. Compiled code stores its hash, a constant; the pipeline, which knows every
 literal its stages hold, maps hashes back to names and counters. So compiled code depends on no numbering and can be
@@ -15,13 +15,13 @@ from numba.extending import lower_builtin, type_callable
 
 from libfp.jit import INTERPRETED
 
-LIVE, FORWARD, DROP, PUNT, CONSUME = range(5)
+LIVE, FORWARD, DROP, PUNT, CONSUME, HAND_OFF = range(6)
 KIND_SHIFT = 28
 REASON_MASK = (1 << KIND_SHIFT) - 1
 PORT_MASK = 0xFFFF
 
 #: How each kind is called in outcomes, counters and traces.
-KINDS = {LIVE: "pass", FORWARD: "forward", DROP: "drop", PUNT: "punt", CONSUME: "consume"}
+KINDS = {LIVE: "pass", FORWARD: "forward", DROP: "drop", PUNT: "punt", CONSUME: "consume", HAND_OFF: "hand-off"}
 
 
 def reason_code(reason: str) -> int:
