@@ -115,12 +115,11 @@ class Member:
         return [load_acquire64(_statistics(other) + HEARTBEAT) for other in self.crew.members]
 
     def is_quiet(self, since: list[int]) -> bool:
-        """Whether nobody has a packet for it, and nobody one of it, the others having turned since `beats`."""
-        if self.lent:
-            return False
+        """Whether nobody has a packet for it, and nobody that works one of it; the others have turned since `beats`."""
         for other, beat, now in zip(self.crew.members, since, self.beats(), strict=False):
+            line, works = self.line(other), load64(self.crew.roll.address + TAKES + 8 * other.number)
             turned = now >= beat + 2 or load_acquire64(_statistics(other) + PARKED) != 0
-            if not turned or len(Lane(load64(self.line(other) + IN))):
+            if not turned or len(Lane(load64(line + IN))) or (works and load64(line + LENT)):
                 return False
         return True
 

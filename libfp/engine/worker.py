@@ -17,6 +17,7 @@ from libfp.jit import load64, load_acquire64, store64
 log = logging.getLogger("libfp.worker")
 
 STALL_SECONDS = 0.1
+LENT_SECONDS = 0.3  # for frames to come back from other workers
 STOP_SECONDS = 2.0  # for a stage to return: a burst takes microseconds
 
 
@@ -130,7 +131,8 @@ class Worker:
         with self._lock:
             self._stalled = False
             self._take(False)
-        began, deadline, member = self.heartbeat, time.monotonic() + 0.05, self.state.member
+        began, member = self.heartbeat, self.state.member
+        deadline = time.monotonic() + (0.05 if member is None else LENT_SECONDS)
         beats = member.beats() if member is not None else []
         while self.running and time.monotonic() < deadline:  # a few turns more, for packets that were in the rings
             if self.heartbeat >= began + 64 and (member is None or member.is_quiet(beats)):

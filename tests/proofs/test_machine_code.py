@@ -15,7 +15,7 @@ from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, st
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
 from libfp.rings import Mpmc, Mpsc, Spsc
-from libfp.stages import Routes, forward, parse
+from libfp.stages import Routes, by_flow, forward, parse
 from libfp.tables import Hash
 from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
 
@@ -58,6 +58,20 @@ def test_no_lock_and_counted_calls_when_it_kicks_and_parks(router: Pipeline) -> 
     assert 3 <= report.indirect <= 4
     assert all("4loop" in name for name in report.where), "libfp.engine.loop, or the loop it was inlined into"
     assert report.calls <= {"memcpy"}
+
+
+@stage
+def away(packet):  # type: ignore[no-untyped-def]
+    packet.forward(1 - packet.port)
+
+
+def test_no_lock_and_no_call_where_packets_are_handed_off() -> None:
+    report = check_loop(Pipeline(parse, by_flow, away))
+    assert report.findings == ()
+    assert report.indirect == 0, report.where
+    assert report.calls <= {"memcpy"}
+    for part in ("loop", "lend", "take_back", "give_back"):
+        assert part in short(report.functions), "or it was not read, and nothing is proven"
 
 
 @native

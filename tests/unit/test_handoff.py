@@ -1,7 +1,8 @@
-"""Hand-off between workers stepped by hand, in one thread: who sees a packet, who sends it, and whose its frame is."""
+"""Hand-off: who sees a packet, who sends it, whose its frame is. First workers stepped by hand, in one thread."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +10,29 @@ from typing import Any
 import pytest
 
 from libfp import Pipeline, stage
-from libfp.engine import context
+from libfp.engine import Application, context
 from libfp.engine.crew import Crew
 from libfp.engine.handoff import LENT, MOST
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters
-from libfp.jit import Arena, load8, load16be, load32, load64, store8, store16be
+from libfp.jit import (
+    INTERPRETED,
+    Arena,
+    load8,
+    load16be,
+    load32,
+    load64,
+    load_acquire64,
+    native,
+    pause,
+    store8,
+    store16be,
+    store_release64,
+    word,
+)
 from libfp.ports.memory import MemoryPort
 from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE
+from libfp.testing import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -25,7 +41,7 @@ NOBODY = 99  # no such worker
 # Bytes of a packet: from 14 on, to whom the first and the second stage hand it off (255: neither), and what becomes of
 # it in the end; then who ran the three stages that write it down; then a number.
 FIRST_TO, SECOND_TO, FATE, RAN, NUMBER = 14, 15, 16, 17, 20
-DROPPED, PUNTED, CONSUMED, UNDECIDED = 200, 201, 202, 203  # of fates; others are ports
+DROPPED, PUNTED, CONSUMED, UNDECIDED, STALLING = 200, 201, 202, 203, 204  # of fates; others are ports
 
 
 @stage
@@ -45,8 +61,19 @@ def between(packet: Any) -> None:
         packet.hand_off(load8(packet.data + SECOND_TO))
 
 
+@native
+class Gate:
+    """A word at which packets wait until it is 0 again."""
+
+    at: word
+
+    def wait(self) -> None:
+        while load_acquire64(self.at) != 0:
+            pause()
+
+
 @stage.burst
-def after(burst: Any) -> None:
+def after(burst: Any, gate: Gate) -> None:
     for i in range(burst.count):
         data = burst.data(i)
         store8(data + RAN + 2, 100 + burst.worker + 10 * burst.port)
@@ -56,6 +83,9 @@ def after(burst: Any) -> None:
             burst.punt(i, "via-linux")
         elif fate == CONSUMED:
             burst.packet(i).consume()
+        elif fate == STALLING:
+            gate.wait()
+            burst.forward(i, 1)
         elif fate != UNDECIDED:
             burst.forward(i, fate)
 
@@ -137,8 +167,13 @@ class Bed:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(before, between, after)
+def gate() -> Arena:
+    return Arena(64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(gate: Arena) -> Pipeline:
+    return Pipeline(before, between, after(Gate(gate.address)))
 
 
 @pytest.fixture
@@ -150,7 +185,7 @@ def bed(pipeline: Pipeline) -> Iterator[Bed]:
 
 def test_only_stages_that_can_hand_off_cost_something(pipeline: Pipeline) -> None:
     assert pipeline.hands_off == [0, 1]
-    assert Pipeline(after).hands_off == []
+    assert Pipeline(*pipeline.stages[2:]).hands_off == []
 
 
 def test_the_borrower_computes_and_the_owner_sends(bed: Bed) -> None:
@@ -299,3 +334,118 @@ def test_a_worker_joins(bed: Bed) -> None:
 def test_one_worker_alone(pipeline: Pipeline) -> None:
     told = [packet(to, 255, 1, 0) for to in (0, 255, 1, NOBODY)]
     assert pipeline.run_once(told) == ["forward", "forward", "drop bad-worker", "drop bad-worker"]
+
+
+# Workers in threads.
+
+CORES = sorted(os.sched_getaffinity(0))
+threads = pytest.mark.skipif(INTERPRETED or len(CORES) < 2, reason="about compiled loops on two cores")
+
+
+@pytest.fixture
+def app(pipeline: Pipeline, gate: Arena) -> Iterator[Application]:
+    ports = [MemoryPort(f"m{n}", ring_size=RING) for n in range(PORTS)]
+    with pipeline.start(ports, CORES[:2], name=f"test-handoff-{os.getpid()}") as made:
+        yield made
+        store_release64(gate.address, 0)
+
+
+def send(app: Application, packets: list[bytes], queue: int = 0) -> None:
+    assert len(app.ports[0].inject(packets, queue)) == len(packets)
+
+
+def arrive(app: Application, count: int, queue: int = 0) -> list[bytes]:
+    """What port 1 sends, until it is so many."""
+    sent: list[bytes] = []
+
+    def look() -> bool:
+        sent.extend(app.ports[1].collect(queue))
+        return len(sent) >= count
+
+    wait_until(look, what=f"{count} packets")
+    assert len(sent) == count
+    return sent
+
+
+@threads
+def test_two_workers(app: Application) -> None:
+    send(app, [packet(1, 0, 1, k) for k in range(50)])
+    send(app, [packet(255, 0, 1, k) for k in range(50)], 1)
+    assert {one[RAN : RAN + 3] for one in arrive(app, 50)} == {bytes([100, 101, 100])}
+    assert {one[RAN : RAN + 3] for one in arrive(app, 50, 1)} == {bytes([101, 101, 100])}
+    counters = [(one["handed_off"], one["borrowed"], one["returned"]) for one in app.counters.workers]
+    assert counters == [(100, 100, 100), (50, 50, 50)], "to worker 0 from itself, too: by way of the other"
+
+
+@threads
+def test_a_borrower_stops_and_starts(app: Application) -> None:
+    owner, borrower = app.workers
+    send(app, [packet(1, 255, 1, k) for k in range(100)])
+    assert borrower.stop()
+    arrived = app.counters.forwarded
+    assert arrived + app.counters["bad-worker"] == 100
+    assert len(arrive(app, arrived)) == arrived
+    send(app, [packet(1, 255, 1, k) for k in range(20)])
+    wait_until(lambda: app.counters["bad-worker"] == 120 - arrived, what="drops by name")
+    send(app, [packet(0, 255, 1, k) for k in range(20)])
+    arrive(app, 20)
+    borrower.start()
+    send(app, [packet(1, 255, 1, k) for k in range(100)])
+    arrive(app, 100)
+    assert owner.state.member.lent == 0  # type: ignore[union-attr]
+
+
+@threads
+def test_an_owner_stops_when_its_frames_are_back(app: Application) -> None:
+    send(app, [packet(1, 255, 1, k) for k in range(100)])
+    assert app.workers[0].stop()
+    assert app.workers[0].state.member.lent == 0  # type: ignore[union-attr]
+    arrive(app, 100)
+
+
+@threads
+def test_a_borrower_that_does_not_come_back(app: Application, gate: Arena) -> None:
+    """The owner goes on; what the borrower has is lent until it comes back, and then sent after all."""
+    owner, borrower = app.workers
+    store_release64(gate.address, 1)
+    send(app, [packet(1, 255, STALLING, 0)] * 10)
+    wait_until(lambda: app.counters.workers[1]["borrowed"] > 0)
+    assert not borrower.stop(timeout=0.05)
+    assert borrower.dead
+    send(app, [packet(1, 255, 1, 0)] * 5 + [packet(0, 255, 1, 1)] * 5)
+    arrive(app, 5)
+    assert app.counters["bad-worker"] == 5
+    assert owner.state.member.lent == 10  # type: ignore[union-attr]
+    store_release64(gate.address, 0)
+    wait_until(lambda: not borrower.running)
+    assert borrower.stop()
+    assert len(arrive(app, app.counters.forwarded - 5)) + app.counters["bad-worker"] - 5 == 10
+    borrower.start()
+    send(app, [packet(1, 255, 1, 0)] * 5)
+    arrive(app, 5)
+
+
+@threads
+def test_frames_that_a_dead_worker_has_outlive_the_application(pipeline: Pipeline, gate: Arena) -> None:
+    ports = [MemoryPort(f"m{n}", ring_size=RING) for n in range(PORTS)]
+    app = pipeline.start(ports, CORES[:2], name=f"test-handoff-{os.getpid()}")
+    borrower = app.workers[1]
+    store_release64(gate.address, 1)
+    send(app, [packet(1, 255, STALLING, 0)] * 10)
+    wait_until(lambda: app.counters.workers[1]["borrowed"] > 0)
+    app.stop()
+    assert borrower.running
+    store_release64(gate.address, 0)
+    wait_until(lambda: not borrower.running)  # it has read and written those frames
+    assert borrower.error is None
+
+
+@threads
+def test_a_worker_is_added(pipeline: Pipeline) -> None:
+    ports = [MemoryPort(f"m{n}", ring_size=RING) for n in range(PORTS)]
+    with pipeline.start(ports, CORES[:1], name=f"test-handoff-{os.getpid()}") as app:
+        send(app, [packet(1, 255, 1, 0)] * 5)
+        wait_until(lambda: app.counters["bad-worker"] == 5)
+        app.add_worker(CORES[1])
+        send(app, [packet(1, 255, 1, 0)] * 5)
+        assert {one[RAN : RAN + 3] for one in arrive(app, 5)} == {bytes([100, 101, 101])}
