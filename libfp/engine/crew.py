@@ -6,6 +6,8 @@ is freed only when all have ended.
 
 from __future__ import annotations
 
+import os
+
 from libfp.engine.context import HEARTBEAT, LENDING, PARKED, RETURNED, STATISTICS, ContextMemory
 from libfp.engine.handoff import (
     BACK,
@@ -16,12 +18,14 @@ from libfp.engine.handoff import (
     LENT,
     LINE,
     LINES,
+    ONE,
     OUT,
     PEER,
     ROLL,
     ROOM,
     TAKES,
     UMEM,
+    WAKE,
     Lane,
 )
 from libfp.errors import Error
@@ -40,6 +44,7 @@ class Crew:
         self.room = room
         self.roll = Arena(TAKES + 8 * room)
         self.members: list[Member] = []
+        self._dismissed: list[Member] = []
         self._lanes: dict[tuple[int, int], tuple[Spsc, Spsc]] = {}
 
     def join(self, number: int, context: ContextMemory, frames: FrameMemory) -> Member:
@@ -65,16 +70,17 @@ class Crew:
         store64(borrower.line(lender) + IN, there.view.base)
         store64(borrower.line(lender) + BACK, back.view.base)
         store64(borrower.line(lender) + UMEM, lender.frames.address)
-        store64(lender.line(borrower) + PEER, borrower.context.arena.address)
+        store64(lender.line(borrower) + PEER, borrower.block.address)
 
     def dismiss(self, member: Member) -> bool:
         """The last to have joined has ended before it was of use; whether its memory may be freed: no frame is lent.
 
-        The lanes stay, since others may be looking at them.
+        The lanes and its block stay, since others may be looking at them.
         """
         if member.lent or any(load64(other.line(member) + LENT) for other in self.members):
             return False
         self.members.remove(member)
+        self._dismissed.append(member)
         store_release64(self.roll.address + COUNT, len(self.members))
         return True
 
@@ -83,7 +89,8 @@ class Crew:
         for lanes in self._lanes.values():
             for lane in lanes:
                 lane.close()
-        for member in self.members:
+        for member in (*self.members, *self._dismissed):
+            os.close(member.wake)
             member.block.close()
         self.roll.close()
 
@@ -96,6 +103,9 @@ class Member:
         self.block = Arena(LINES + LINE * crew.room)
         store64(self.block.address + ROLL, crew.roll.address)
         store64(self.block.address + ROOM, crew.room)
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        store64(self.block.address + WAKE, self.wake)
+        store64(self.block.address + ONE, 1)
         context.set(LENDING, self.block.address)
 
     def line(self, other: Member) -> int:

@@ -13,19 +13,46 @@ lane is an `Spsc` of 16-byte elements, two for each packet:
 A worker has at most `MOST` packets out with another, and counts them: no lane can be full but by that count, and who
 gives back always finds room. A borrower touches nothing of the owner's but the frames it was lent.
 
-The block of one worker, at `Context.lending`: the address of the crew's roll, and how many workers there can be; then
-a line for each of them. The control plane writes it, but for the last two words of each line, which are the worker's.
-The roll is the control plane's alone: how many workers there are, and for each whether it takes packets.
+A worker sleeps only while none of its frames is out with another that works; who lends to one that sleeps wakes it.
+
+The block of a worker, at LENDING of its context: what the control plane has written, a line with what others read (NAP:
+that it sleeps), and then for each worker there can be a line by the control plane and one of its own. The roll is the
+control plane's alone: how many workers there are, and for each whether it takes packets.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from libfp.engine.context import BORROWED, HANDED_OFF, LENDING, RECORD, RETURNED, Context
+from libfp.engine.context import (
+    BORROWED,
+    HANDED_OFF,
+    LENDING,
+    LIBC_READ,
+    LIBC_WRITE,
+    POLL_FDS,
+    RECORD,
+    RETURNED,
+    SYSCALLS,
+    Context,
+)
 from libfp.engine.settle import UNDECIDED, finish, settle
 from libfp.engine.tap import tap_end, tap_move, tap_skip
-from libfp.jit import kernel, load32, load64, load_acquire64, native, prefetch, shr64, store32, store64, word
+from libfp.jit import (
+    call,
+    kernel,
+    load16,
+    load32,
+    load64,
+    load_acquire64,
+    native,
+    prefetch,
+    shr64,
+    store32,
+    store64,
+    store_release64,
+    word,
+)
 from libfp.packet.burst import BURST, FIRST, FRAME, KIND, LENDER, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
 from libfp.packet.verdict import DROP, HAND_OFF, KIND_SHIFT, LIVE, PORT_MASK, reason_code
 from libfp.rings import spsc
@@ -33,8 +60,9 @@ from libfp.rings import spsc
 MOST = 1024  # packets that one worker has out with another
 LANE = 2 * MOST  # elements
 
-ROLL, ROOM, LINES, LINE = 0, 8, 64, 64
-OUT, IN, BACK, HOME, UMEM, PEER, LENT, PENDING = range(0, LINE, 8)
+ROLL, ROOM, WAKE, ONE, SCRATCH, NAP, LINES, LINE = 0, 8, 16, 24, 32, 64, 128, 128
+OUT, IN, BACK, HOME, UMEM, PEER = range(0, 48, 8)
+LENT, PENDING, WOKEN = range(64, 88, 8)
 COUNT, TAKES = 0, 64  # of the roll
 
 _BAD_WORKER = (DROP << KIND_SHIFT) + reason_code("bad-worker")
@@ -258,3 +286,53 @@ def nothing_lent(context: Context) -> bool:
         if load64(line_of(context, peer) + LENT) != 0 and load_acquire64(roll + TAKES + 8 * peer) != 0:
             return False
     return True
+
+
+@kernel
+def waits(context: Context) -> bool:
+    """Whether a packet that somebody has lent this worker waits for it."""
+    there = 0
+    for peer in range(peers(context)):
+        there += len(Lane(load64(line_of(context, peer) + IN)))
+    return there != 0
+
+
+@kernel
+def sleeps(lending: int) -> bool:
+    """Whether the worker of that block does."""
+    return load_acquire64(lending + NAP) != 0
+
+
+@kernel
+def rouse(context: Context, lending: int) -> None:
+    """Wake the worker of that block, by a system call of the thread that calls this."""
+    call(load64(context.at + LIBC_WRITE), load64(lending + WAKE), lending + ONE, 8, 0, 0, 0)
+
+
+@kernel
+def wake(context: Context) -> None:
+    """Policy `inline`: wake workers that sleep while packets of this one wait for them, each once.
+
+    Who goes to sleep looks at its lanes without a fence, and so does this at who sleeps: it looks in every turn.
+    """
+    for peer in range(peers(context)):
+        line = line_of(context, peer)
+        if load64(line + LENT) == 0:
+            continue
+        lending = load64(line + PEER)
+        if not sleeps(lending):
+            store64(line + WOKEN, 0)
+        elif load64(line + WOKEN) == 0 and len(Lane(load64(line + OUT))) != 0:
+            rouse(context, lending)
+            context.count(SYSCALLS, 1)
+            store64(line + WOKEN, 1)
+
+
+@kernel
+def nap(context: Context, yes: int) -> None:
+    """Say that this worker sleeps from here on, or has woken up."""
+    lending = load64(context.at + LENDING)
+    store_release64(lending + NAP, yes)
+    if yes == 0 and load16(load64(context.at + POLL_FDS) + 8 * context.port_count + 6) != 0:
+        call(load64(context.at + LIBC_READ), load64(lending + WAKE), lending + SCRATCH, 8, 0, 0, 0)
+        context.count(SYSCALLS, 1)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from libfp.engine.context import (
+    LENDING,
     LIBC_POLL,
     LIBC_RECV,
     LIBC_SENDTO,
@@ -23,6 +24,7 @@ from libfp.engine.context import (
     STOPPED,
     Context,
 )
+from libfp.engine.handoff import rouse, sleeps, waits
 from libfp.engine.loop import MSG_DONTWAIT, PARK_MILLISECONDS
 from libfp.engine.punt import PuntSlots
 from libfp.jit import Arena, call, entry, kernel, load64, load_acquire64, pause, store64, store_release64
@@ -45,7 +47,7 @@ def _gather(contexts, count, fds):  # type: ignore[no-untyped-def]
 
 
 @entry
-def _help(control, contexts, count, fds):  # type: ignore[no-untyped-def]
+def _help(control, contexts, count, woken, fds):  # type: ignore[no-untyped-def]
     calls, idle = 0, 0
     while load_acquire64(control) == 0:
         before, parked = calls, 0
@@ -64,6 +66,14 @@ def _help(control, contexts, count, fds):  # type: ignore[no-untyped-def]
             if ring != 0 and PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
                 call(load64(context.at + LIBC_WRITE), load64(ring + 24), ring + 32, 8, 0, 0, 0)
                 calls += 1
+            lending = load64(context.at + LENDING)
+            if lending != 0 and sleeps(lending):  # and packets are handed off to it
+                if load64(woken + 8 * worker) == 0 and waits(context):
+                    rouse(context, lending)
+                    store64(woken + 8 * worker, 1)
+                    calls += 1
+            else:
+                store64(woken + 8 * worker, 0)
         store_release64(control + 64, calls)
         idle = 0 if calls != before else idle + 1
         if idle > _IDLE_TURNS and parked == count:
@@ -77,11 +87,12 @@ class Helper:
 
     def __init__(self, contexts: Sequence[Context], core: int | None) -> None:
         ports = sum(context.port_count for context in contexts)
-        self._arena = Arena(128 + 8 * len(contexts) + 8 * ports)
+        self._arena = Arena(128 + 16 * len(contexts) + 8 * ports)
         self._at, self._core = self._arena.address, core
         for number, context in enumerate(contexts):
             store64(self._at + 128 + 8 * number, context.at)
-        self._arguments = (self._at, self._at + 128, len(contexts), self._at + 128 + 8 * len(contexts))
+        words = self._at + 128, len(contexts), self._at + 128 + 8 * len(contexts)
+        self._arguments = (self._at, *words, words[2] + 8 * len(contexts))
         store64(self._at, 1)
         _help(*self._arguments)  # compiles, and returns at once
         store64(self._at, 0)

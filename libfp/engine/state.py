@@ -58,6 +58,7 @@ class WorkerState:
             store64(self._burst.burst.at + WORKERS, workers)
             if crew is not None:
                 self.member = crew.join(queue, self.memory, self.frames)
+                store64(self._poll_fds + 8 * len(self.open_ports), self.member.wake | _POLLIN << 32)
         except BaseException:
             self.close()
             raise
@@ -109,6 +110,7 @@ class WorkerState:
         reasons, poll_fds = self.pipeline.reasons, self._arena(8 * len(self.open_ports) + 8)
         for number, port in enumerate(self.open_ports):
             struct.pack_into("<ihh", view(poll_fds.address, poll_fds.size), 8 * number, port.fd, _POLLIN, 0)
+        self._poll_fds = poll_fds.address
         buckets = self._own(reasons.buckets())
         values = {
             c.STATISTICS: statistics,
@@ -125,6 +127,7 @@ class WorkerState:
             c.LIBC_RECV: address_of("recv"),
             c.LIBC_POLL: address_of("poll"),
             c.LIBC_WRITE: address_of("write"),
+            c.LIBC_READ: address_of("read"),
             c.LIBC_PRCTL: address_of("prctl"),
         }
         if self.punt_ring is not None:
