@@ -123,6 +123,7 @@ def tables(
             f"{now['tx_bytes']:,}",
         )
     workers = table("worker", "core", "received", "a second", "packets a burst", "system calls", "a second", "parks")
+    lent = table("worker", "handed off", "a second", "of these back", "done for others", "a second")
     cores = reader.description.get("cores", [])
     for number, mine in enumerate(counters.workers):
         past = mine if before is None or number >= len(before.workers) else before.workers[number]
@@ -140,6 +141,10 @@ def tables(
             rate(calls, past.get("syscalls", 0)),
             f"{mine.get('parks', 0):,}",
         )
+        if any(one.get("handed_off", 0) for one in counters.workers):  # in pipelines whose stages do
+            off, back, done = (mine.get(name, 0) for name in ("handed_off", "returned", "borrowed"))
+            rates = rate(off, past.get("handed_off", 0)), rate(done, past.get("borrowed", 0))
+            lent.add_row(f"worker {number}", f"{off:,}", rates[0], f"{back:,}", f"{done:,}", rates[1])
     reasons = table("reason", "packets", "a second")
     for label, kind in (("dropped", "drops"), ("punted to Linux", "punts")):
         earlier: dict[str, int] = {} if before is None else getattr(before, kind)
@@ -147,6 +152,8 @@ def tables(
             reasons.add_row(f"{label}: {reason}", f"{packets:,}", rate(packets, earlier.get(reason, 0)))
     heading = Text(f"{reader.name}, process {reader.pid}, {len(counters.workers)} worker(s)", style="bold")
     parts: list[RenderableType] = [heading, ports, Text(""), workers]
+    if lent.row_count:
+        parts += [Text(""), lent]
     if lap is not None:
         stages = table("stage", "packets", "ns a packet")
         for row in lap["stages"]:

@@ -13,6 +13,7 @@ from libfp import Pipeline, stage
 from libfp.engine import Application, context
 from libfp.engine.crew import Crew
 from libfp.engine.handoff import LENT, MOST
+from libfp.engine.slots import RingReader, Verdicts
 from libfp.engine.state import WorkerState
 from libfp.engine.stats import Counters
 from libfp.jit import (
@@ -382,8 +383,8 @@ def test_a_borrower_stops_and_starts(app: Application) -> None:
     owner, borrower = app.workers
     send(app, [packet(1, 255, 1, k) for k in range(100)])
     assert borrower.stop()
+    wait_until(lambda: app.counters.forwarded + app.counters["bad-worker"] == 100, what="each packet's end")
     arrived = app.counters.forwarded
-    assert arrived + app.counters["bad-worker"] == 100
     assert len(arrive(app, arrived)) == arrived
     send(app, [packet(1, 255, 1, k) for k in range(20)])
     wait_until(lambda: app.counters["bad-worker"] == 120 - arrived, what="drops by name")
@@ -392,7 +393,7 @@ def test_a_borrower_stops_and_starts(app: Application) -> None:
     borrower.start()
     send(app, [packet(1, 255, 1, k) for k in range(100)])
     arrive(app, 100)
-    assert owner.state.member.lent == 0  # type: ignore[union-attr]
+    wait_until(lambda: owner.state.member.lent == 0)
 
 
 @threads
@@ -419,7 +420,8 @@ def test_a_borrower_that_does_not_come_back(app: Application, gate: Arena) -> No
     store_release64(gate.address, 0)
     wait_until(lambda: not borrower.running)
     assert borrower.stop()
-    assert len(arrive(app, app.counters.forwarded - 5)) + app.counters["bad-worker"] - 5 == 10
+    wait_until(lambda: app.counters.forwarded + app.counters["bad-worker"] == 20, what="each packet's end")
+    arrive(app, app.counters.forwarded - 5)
     borrower.start()
     send(app, [packet(1, 255, 1, 0)] * 5)
     arrive(app, 5)
@@ -449,3 +451,26 @@ def test_a_worker_is_added(pipeline: Pipeline) -> None:
         app.add_worker(CORES[1])
         send(app, [packet(1, 255, 1, 0)] * 5)
         assert {one[RAN : RAN + 3] for one in arrive(app, 5)} == {bytes([100, 101, 101])}
+
+
+@threads
+def test_a_tap_shows_a_packet_where_it_arrived_and_where_it_went_on(app: Application) -> None:
+    rings = app.taps.open(count=64, snap=60)
+    wait_until(lambda: all(worker.state.memory.tapped == worker.state.memory.wanted for worker in app.workers))
+    send(app, [packet(1, 255, 1, 1), packet(1, 255, DROPPED, 2), packet(0, 255, 1, 3), packet(1, 255, UNDECIDED, 4)])
+    arrive(app, 2)
+    wait_until(lambda: app.counters["undecided"] == 1)
+    readers = [
+        RingReader(one.map, slots=64, stages=3, snap=60, verdicts=Verdicts(app.pipeline.reasons.verdicts))
+        for one in rings.memory
+    ]
+    first, second = ([*reader.read()] for reader in readers)
+    shown = [(one.first, str(one.verdict), len(one.stages), one.data[NUMBER + 1]) for one in first]
+    assert shown == [
+        *((0, "hand-off to worker 1", 1, 1), (0, "hand-off to worker 1", 1, 2)),
+        *((0, "forward", 3, 3), (0, "hand-off to worker 1", 1, 4)),
+    ]
+    shown = [(one.first, str(one.verdict), len(one.stages), one.data[NUMBER + 1]) for one in second]
+    assert shown == [(1, "forward", 2, 1), (1, "drop told-so", 1, 2), (1, "pass", 2, 4)]
+    assert [one.mark for one in second] == [1, 2, 4]
+    app.taps.close(rings)

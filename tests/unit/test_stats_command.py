@@ -54,6 +54,17 @@ def test_json_is_one_object(page):
     assert len(values["workers"]) == 2
 
 
+def test_packets_handed_off_are_shown_where_there_are_some(page):
+    assert "handed off" not in fp(NAME, "--once").stdout
+    counters = [*DESCRIPTION["worker_counters"], "handed_off", "borrowed", "returned"]
+    page.describe(worker_counters=counters, first_port=128)
+    for worker in range(2):
+        struct.pack_into("<3Q", page.page, page.block_offset(worker) + 64, 54321, 12345, 54320)
+    shown = fp(NAME, "--once").stdout
+    assert "handed off" in shown
+    assert all(number in shown for number in ("54,321", "54,320", "12,345"))
+
+
 @pytest.mark.parametrize("arguments", [["--once"], []])
 def test_a_table_is_printed_once_into_a_pipe(page, arguments):
     done = fp(NAME, *arguments)
