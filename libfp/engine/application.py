@@ -121,6 +121,10 @@ class Application:
         self._began_with = len(self.cores)
         for number in range(len(self.cores)):
             self._states.append(self._state(number))
+        if self._crew is not None and len(self.cores) > 1:
+            for port in self.ports:
+                if self.real:
+                    port.hash_symmetrically()
         self._loop = self.pipeline.module(kick=self.kick, idle=self.idle, sealed=self.sealed).loop
         for number, (core, state) in enumerate(zip(self.cores, self._states, strict=True)):
             self.workers.append(Worker(number, core, state, self.ports, self._loop))

@@ -13,6 +13,7 @@ from libfp.ports.rings import RingAddresses
 from libfp.pyxdp import Attachment, Group, RingSizes, Steer, Umem
 from libfp.pyxdp.device import check
 from libfp.pyxdp.rings import Ring
+from libfp.pyxdp.rss import SymmetricHashing
 
 log = logging.getLogger("libfp.ports")
 
@@ -39,6 +40,7 @@ class XdpPort:
         self.name, self.steer, self.ring_size, self.owner = name, steer or Steer(), ring_size, owner
         self.xdp, self.binding = xdp, binding
         self.attachment: Attachment | None = None
+        self.hashing: SymmetricHashing | None = None
         self._fds: dict[int, int] = {}
 
     @staticmethod
@@ -86,8 +88,16 @@ class XdpPort:
         if self.attachment is not None:
             self.attachment.clear(queue)
 
+    def hash_symmetrically(self) -> None:
+        """Have both directions of a flow come by queues of one number, if the NIC can, until `close`."""
+        if self.hashing is None:
+            self.hashing = SymmetricHashing(self.name)
+
     def close(self) -> None:
         """Detach the steering program: all packets go to Linux."""
+        if self.hashing is not None:
+            self.hashing.restore()
+            self.hashing = None
         if self.attachment is not None:
             self.attachment.close()
             self.attachment = None

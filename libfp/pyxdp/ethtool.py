@@ -58,7 +58,7 @@ class Ethtool:
         request = struct.pack("16si", b"", self._index).ljust(40, b"\0")
         return fcntl.ioctl(self._socket, SIOCGIFNAME, request)[:16].split(b"\0")[0].decode()
 
-    def _call(self, buffer: bytearray) -> int:
+    def call(self, buffer: bytearray) -> int:
         """The command in `buffer`, answered into it. Returns ethtool's result flags."""
         data = ffi.from_buffer(buffer)
         request: Any = ffi.new("char[]", self.name.encode().ljust(40, b"\0"))
@@ -71,10 +71,10 @@ class Ethtool:
     def _feature_names(self) -> list[str]:
         info = bytearray(struct.pack("=IIQI", GSSET_INFO, 0, 1 << SS_FEATURES, 0))
         try:
-            self._call(info)
+            self.call(info)
             (count,) = struct.unpack_from("=I", info, 16)
             strings = bytearray(struct.pack("=III", GSTRINGS, SS_FEATURES, count) + bytes(count * STRING))
-            self._call(strings)
+            self.call(strings)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 return []
@@ -87,7 +87,7 @@ class Ethtool:
         blocks = (len(self._names) + 31) // 32
         buffer = bytearray(struct.pack("=II", GFEATURES, blocks) + bytes(blocks * 16))
         if blocks:
-            self._call(buffer)
+            self.call(buffer)
         found = {}
         for position, name in enumerate(self._names):
             block, bit = divmod(position, 32)
@@ -109,7 +109,7 @@ class Ethtool:
             masks[block][1] |= on << bit
         packed = b"".join(struct.pack("=II", *mask) for mask in masks)
         try:
-            self._call(bytearray(struct.pack("=II", SFEATURES, blocks) + packed))
+            self.call(bytearray(struct.pack("=II", SFEATURES, blocks) + packed))
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise missing_capability("changing device features", "CAP_NET_ADMIN") from error
@@ -119,7 +119,7 @@ class Ethtool:
         """(receive, transmit) queues in use; None where the driver does not tell."""
         buffer = bytearray(struct.pack("=9I", GCHANNELS, *(0,) * 8))
         try:
-            self._call(buffer)
+            self.call(buffer)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EPERM):
                 return None

@@ -10,6 +10,7 @@ import pytest
 from libfp.errors import Unsupported
 from libfp.pyxdp import Steer, look
 from libfp.pyxdp.ethtool import Ethtool, SwitchedOff
+from libfp.pyxdp.rss import SymmetricHashing
 from libfp.testing.netns import Lab
 
 STRIPPING = "rx-vlan-hw-parse"
@@ -72,6 +73,14 @@ def test_what_was_off_before_stays_off(host):
     with Steer().attach("p0") as attachment:
         assert STRIPPING not in attachment.features.names
     assert features() == before
+
+
+def test_hashing_that_cannot_be_made_symmetric(host, caplog):
+    with caplog.at_level("INFO", "libfp"):
+        hashing = SymmetricHashing("p0")  # veth has no such thing
+    assert hashing.how == ""
+    assert caplog.messages == ["p0: receive hashing cannot be made symmetric: directions of a flow may arrive apart"]
+    hashing.restore()
 
 
 def test_what_the_driver_keeps_on_is_named(host):
