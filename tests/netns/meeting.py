@@ -1,4 +1,6 @@
-"""A router whose stages count the two directions of flows: ``python meeting.py NAME PORT,PORT CORE,... OPTIONS``.
+"""A wire between two ports whose stages count flows: ``python meeting.py NAME PORT,PORT CORE,... MAC,MAC,... OPTIONS``.
+
+The addresses are those of a frame sent by the first port, its destination first, then by the second.
 
 It prints {"name": NAME} when it forwards. To each line on its standard input it answers with what it has counted of the
 flows from UDP port 7000 + n to the same port: as packets arrived, and where `by_flow` has brought them, for each n, for
@@ -11,9 +13,10 @@ import json
 import sys
 from typing import Any
 
-from libfp import Linux, Pipeline, stage
-from libfp.jit import Arena, load64, native, store64, word
-from libfp.stages import by_flow, forward, parse
+from libfp import Pipeline, stage
+from libfp.jit import Arena, load32, load64, native, store32, store64, word
+from libfp.ports.xdp import XdpPort
+from libfp.stages import by_flow, parse
 
 FLOWS, FIRST = 16, 7000
 
@@ -42,19 +45,37 @@ def meet(packet, tally):  # type: ignore[no-untyped-def]
     tally.add(packet)
 
 
-def main(name: str, ports: str, cores: str, options: str) -> None:
+@native
+class Ends:
+    """16 bytes for each port: what a frame sent by it begins with."""
+
+    at: word
+
+
+@stage
+def cross(packet, ends):  # type: ignore[no-untyped-def]
+    at = ends.at + 16 * (1 - packet.port)
+    store64(packet.data, load64(at))
+    store32(packet.data + 8, load32(at + 8))
+    packet.forward(1 - packet.port)
+
+
+def main(name: str, ports: str, cores: str, macs: str, options: str) -> None:
     tallies = [Arena(128 * FLOWS) for _ in range(2)]
     arrived, met = (Tally(one.address) for one in tallies)
 
     def counted(tally: Arena) -> Any:
         return tally.words.reshape(FLOWS, 2, 8)[:, :, :2].tolist()
 
-    with Linux(*ports.split(",")) as linux:
-        pipeline = Pipeline(parse, arrive(arrived), by_flow, meet(met), forward(linux))
-        with pipeline.start(linux.ports, list(map(int, cores.split(","))), name=name, **json.loads(options)):
-            print(json.dumps({"name": name}), flush=True)
-            for _ in sys.stdin:
-                print(json.dumps({"arrived": counted(tallies[0]), "met": counted(tallies[1])}), flush=True)
+    ends = Arena(32)
+    for number, mac in enumerate(macs.split(",")):
+        ends.buffer[16 * (number >> 1) + 6 * (number & 1) :][:6] = bytes.fromhex(mac.replace(":", ""))
+    pipeline = Pipeline(parse, arrive(arrived), by_flow, meet(met), cross(Ends(ends.address)))
+    opened = [XdpPort(port) for port in ports.split(",")]
+    with pipeline.start(opened, list(map(int, cores.split(","))), name=name, **json.loads(options)):
+        print(json.dumps({"name": name}), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps({"arrived": counted(tallies[0]), "met": counted(tallies[1])}), flush=True)
 
 
 if __name__ == "__main__":

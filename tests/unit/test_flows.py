@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
-from libfp import Pipeline, stage
-from libfp.jit import store32be
+from libfp.jit import Arena, load32, store32, store64
+from libfp.packet.burst import FRAME, LENGTH, VERDICT, WORKER, WORKERS, BurstMemory
+from libfp.packet.verdict import HAND_OFF, KIND_SHIFT
 from libfp.stages import by_flow, flow_owner, parse, symmetric_hash
 from libfp.testing import icmp_echo, ipv4, ipv6, tcp, udp
 
 pytestmark = pytest.mark.timeout(120)
 
-
-@stage
-def tell(packet, workers):  # type: ignore[no-untyped-def]
-    """The hash, and the worker for it, in place of the MAC addresses."""
-    store32be(packet.data, symmetric_hash(packet))
-    store32be(packet.data + 4, flow_owner(packet, workers))
+COUNT = 5  # workers
 
 
-WORKERS = 5
+class Told:
+    """A burst of one frame after the other."""
+
+    def __init__(self) -> None:
+        self.memory, self.frame = BurstMemory(), Arena(2048)
+        self.burst = self.memory.burst
+        self.burst.base = self.frame.address
+        store64(self.burst.at + WORKERS, COUNT)
+
+    def packet(self, frame: bytes) -> Any:
+        """It, parsed, where worker 0 has it."""
+        self.frame.buffer[: len(frame)] = frame
+        store64(self.burst.at + FRAME, 0)
+        store32(self.burst.at + LENGTH, len(frame))
+        store64(self.burst.at + WORKER, 0)
+        self.burst.begin(1)
+        parse.kernel(self.burst)
+        return self.burst.packet(0)
+
+    def __call__(self, frames: Iterable[bytes]) -> list[tuple[int, int]]:
+        """(hash, worker) of each frame."""
+        packets = map(self.packet, frames)
+        return [(symmetric_hash(one), flow_owner(one, COUNT)) for one in packets]
+
+    def verdict(self, frame: bytes, worker: int, workers: int = COUNT) -> int:
+        """What `by_flow` says at `worker`."""
+        packet = self.packet(frame)
+        store64(self.burst.at + WORKER, worker)
+        store64(self.burst.at + WORKERS, workers)
+        by_flow.kernel(packet)
+        store64(self.burst.at + WORKERS, COUNT)
+        return int(load32(self.burst.at + VERDICT))
 
 
 @pytest.fixture(scope="module")
-def told() -> Callable[[Iterable[bytes]], list[tuple[int, int]]]:
-    """(hash, worker) of each frame."""
-    pipeline = Pipeline(parse, tell(WORKERS))
-
-    def run(frames: Iterable[bytes]) -> list[tuple[int, int]]:
-        outcomes = pipeline.run_once(list(frames))
-        return [(int.from_bytes(one.frame[:4]), int.from_bytes(one.frame[4:8])) for one in outcomes]
-
-    return run
+def told() -> Iterator[Told]:
+    one = Told()
+    yield one
+    one.memory.arena.close()
+    one.frame.close()
 
 
 def flow(dice: random.Random, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,18 +73,18 @@ def flow(dice: random.Random, version: int) -> tuple[dict[str, Any], dict[str, A
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("make", [udp, tcp])
-def test_both_directions_of_many_flows_evenly(told: Any, make: Any, version: int) -> None:
+def test_both_directions_of_many_flows_evenly(told: Told, make: Any, version: int) -> None:
     dice = random.Random(version)
     flows = [flow(dice, version) for _ in range(500)]
     there = told(make(**one) for one, _ in flows)
     assert there == told(make(b"longer", **back) for _, back in flows)
     assert len(set(there)) == 500
     each = Counter(worker for _, worker in there)
-    assert sorted(each) == list(range(WORKERS))
+    assert sorted(each) == list(range(COUNT))
     assert min(each.values()) > 60
 
 
-def test_what_has_no_ports_goes_by_addresses_and_protocol(told: Any) -> None:
+def test_what_has_no_ports_goes_by_addresses_and_protocol(told: Told) -> None:
     ends, back = {"src": "10.0.0.1", "dst": "10.0.0.2"}, {"src": "10.0.0.2", "dst": "10.0.0.1"}
     request, reply, other, udp_there = told(
         [icmp_echo(identifier=7, **ends), icmp_echo(identifier=9, reply=True, **back), ipv4(protocol=47, **ends),
@@ -71,7 +94,7 @@ def test_what_has_no_ports_goes_by_addresses_and_protocol(told: Any) -> None:
     assert len({request, other, udp_there}) == 3
 
 
-def test_fragments_go_by_addresses_only(told: Any) -> None:
+def test_fragments_go_by_addresses_only(told: Told) -> None:
     ends, back = {"src": "10.0.0.1", "dst": "10.0.0.2"}, {"src": "10.0.0.2", "dst": "10.0.0.1"}
     first, again, later, answer = told(
         [udp(sport=1, dport=2, more_fragments=True, **ends), udp(sport=3, dport=4, more_fragments=True, **ends),
@@ -80,10 +103,19 @@ def test_fragments_go_by_addresses_only(told: Any) -> None:
     assert first == again == later == answer
 
 
-def test_what_is_not_ip_has_no_flow(told: Any) -> None:
-    assert told([bytes(12) + b"\x08\x06" + bytes(46)]) == [(0, 0)]
+ARP = bytes(12) + b"\x08\x06" + bytes(46)
+
+
+def test_what_is_not_ip_has_no_flow(told: Told) -> None:
+    assert told([ARP]) == [(0, 0)]
     assert told([ipv6(b"", next_header=59)])[0][0] != 0
 
 
-def test_alone_a_worker_has_every_flow() -> None:
-    assert set(Pipeline(parse, by_flow).run_once([udp(sport=n) for n in range(20)])) == {"pass"}
+def test_each_packet_is_handed_to_the_worker_of_its_flow(told: Told) -> None:
+    for frame in (udp(sport=5), tcp(sport=6), ipv6(), ipv4()):
+        ((_, owner),) = told([frame])
+        for worker in range(COUNT):
+            expected = 0 if worker == owner else (HAND_OFF << KIND_SHIFT) + owner
+            assert told.verdict(frame, worker) == expected
+        assert told.verdict(frame, 0, workers=1) == 0, "a worker that is alone has every flow"
+    assert told.verdict(ARP, 3) == 0

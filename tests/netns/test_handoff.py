@@ -62,7 +62,9 @@ def echoes(net: Crossroads) -> Iterator[list[socket.socket]]:
 @pytest.mark.parametrize("kick", KICKS)
 def test_both_directions_of_a_flow_meet_on_one_worker(net: Crossroads, kick: str) -> None:
     with contextlib.ExitStack() as undo:
-        arguments = [f"meeting-{os.getpid()}", "r0,r1", ",".join(map(str, CORES)), json.dumps({"kick": kick})]
+        ends = (net.client, "c0"), (net.router, "r0"), (net.server, "s0"), (net.router, "r1")
+        arguments = [f"meeting-{os.getpid()}", "r0,r1", ",".join(map(str, CORES))]
+        arguments += [",".join(host.mac(name) for host, name in ends), json.dumps({"kick": kick})]
         program = str(Path(__file__).with_name("meeting.py"))
         app = Instance(net.router, undo, program, *arguments, prefer="nothing")
         with echoes(net) as clients:
@@ -74,7 +76,7 @@ def test_both_directions_of_a_flow_meet_on_one_worker(net: Crossroads, kick: str
         seen = app.tell("counted")
         apart = 0
         for arrived, met in zip(seen["arrived"], seen["met"], strict=True):
-            assert [sum(by) for by in zip(*arrived, strict=True)] == [ROUNDS, ROUNDS], "each way through the router"
+            assert [sum(by) for by in zip(*arrived, strict=True)] == [ROUNDS, ROUNDS], "each way"
             assert sorted(met) == [[0, 0], [ROUNDS, ROUNDS]], "both ways on one worker, and nothing on the other"
             apart += arrived[0] != arrived[1] and [ROUNDS, ROUNDS] not in arrived
         assert apart > 0, "of some flow the directions arrived on two workers, or nothing is shown"
