@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -85,8 +86,10 @@ class Application:
             self._help()
             if self._owner is not None:
                 self._owner.started([state.punt_ring for state in self._states])
+            for worker in self.workers:  # none has packets for one that does not run yet
+                worker.start(traffic=False)
             for worker in self.workers:
-                worker.start()
+                worker.take()
             observe.offer(self)
             self.control.open(self.name)
         except BaseException:
@@ -246,6 +249,8 @@ class Application:
             self._stop()
 
     def _stop(self) -> None:
+        if self._crew is not None:  # none has packets for one that has ended
+            self._drain()
         dead = [worker for worker in self.workers if not worker.stop()]
         if self.helper is not None:
             self.helper.close()
@@ -270,6 +275,16 @@ class Application:
             if not dead:
                 memory.unregister(self._page_start)
             self.page.close()
+
+    def _drain(self) -> None:
+        """Leave all queues to Linux, and let every worker finish what has come."""
+        for worker in self.workers:
+            worker.leave()
+        ends, deadline = {worker: worker.heartbeat + 64 for worker in self.workers}, time.monotonic() + 0.05
+        while time.monotonic() < deadline:
+            if all(worker.heartbeat >= end for worker, end in ends.items() if worker.running):
+                break
+            time.sleep(0.0005)
 
     def __enter__(self) -> Self:
         return self

@@ -63,8 +63,10 @@ class Worker:
         """Asleep for want of packets, or stopped."""
         return load_acquire64(self._statistics + PARKED) != 0
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self, timeout: float = 60.0, *, traffic: bool = True) -> None:
         """Start the thread, wait until its loop turns, then let its queues' packets come to it.
+
+        Without `traffic` only what other workers hand off to it comes, until `take`.
 
         Nothing happens when it runs already. Raises Error when its thread fails, does not turn within `timeout`
         seconds, or has not returned since it was told to stop.
@@ -74,6 +76,21 @@ class Worker:
                 raise self._not_back()
             if not self.running:
                 self._start(timeout)
+                if traffic:
+                    self.take()
+                elif self.state.member is not None:
+                    self.state.member.takes(True)
+
+    def take(self) -> None:
+        """Let its queues' packets come to it. It has been started."""
+        with self._lock:
+            self._take(True)
+
+    def leave(self) -> None:
+        """Leave its queues to Linux, before `stop`: until then others may hand packets off to it."""
+        with self._lock:
+            for port in self._ports:
+                port.leave(self.number)
 
     def _not_back(self) -> Error:
         return Error(f"worker {self.number} has not come back from a stage", "look for the loop in it that never ends")
@@ -96,8 +113,6 @@ class Worker:
             if time.monotonic() > deadline:
                 raise Error(f"worker {self.number} did not start within {timeout:.0f} s", "look at the core's load")
             time.sleep(0.0005)
-        with self._lock:
-            self._take(True)
 
     def _run(self, arguments: list[Any]) -> None:
         try:
