@@ -131,7 +131,7 @@ def turn(context, burst, mailbox, port{arguments}):
 @cached_kernel
 def step(context, burst, mailbox{arguments}):
     drain(mailbox, {budget})
-    received = 0
+    received = {turned}
     for port in range(context.port_count):
         received += turn(context, burst, mailbox, port{arguments})
     return received
@@ -147,7 +147,7 @@ def loop(context, burst, mailbox{arguments}):
         updates = drain(mailbox, {budget})
         if updates != 0:
             context.count(UPDATES, updates)
-        received = 0
+        received = {turned}
         for port in range(context.port_count):
             received += turn(context, burst, mailbox, port{arguments})
 {kick}
@@ -161,9 +161,20 @@ def loop(context, burst, mailbox{arguments}):
 
 
 def render(
-    title: str, stages: list[tuple[bool, str]], arguments: list[str], *, kick: str, idle: str, sealed: bool, budget: int
+    title: str,
+    stages: list[tuple[bool, str]],
+    arguments: list[str],
+    turned: list[str],
+    *,
+    kick: str,
+    idle: str,
+    sealed: bool,
+    budget: int,
 ) -> str:
-    """The module of a pipeline: `stages` are (per burst, call expression with {{packet}} or burst as first word)."""
+    """The module of a pipeline: `stages` are (per burst, call expression with {{packet}} or burst as first word).
+
+    `turned` are those of the arguments whose `each_turn` is called each turn.
+    """
     plain: list[str] = []
     watched: list[str] = []
     for number, (per_burst, rest) in enumerate(stages):
@@ -183,6 +194,7 @@ def render(
         process="\n".join(plain),
         watched="\n".join(watched),
         stages=len(stages),
+        turned=" + ".join(f"{name}.each_turn()" for name in turned) or "0",
         seal="    if context.running():  # not where it is only compiled\n        seal(context)" if sealed else "",
         kick="            kick(context, port)" if kick == "inline" else "",
         park=park_lines if idle == "park" else "",
