@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from libfp.jit import (
     ctz64,
+    inline,
     kernel,
     load8,
     load16be,
@@ -24,11 +25,23 @@ from libfp.jit import (
     prefetch,
     store64,
     ult64,
+    unlikely,
     word,
 )
 from libfp.tables.buckets import first_bucket, tag_of
-from libfp.tables.flow_record import BUCKETS, TAGS, record_of
-from libfp.tables.flow_table import candidates, enter, entry_of, find, hash_of, is_there, other_bucket, tags_of
+from libfp.tables.flow_record import BUCKETS, TAGS, expired, record_of
+from libfp.tables.flow_table import (
+    candidates,
+    enter,
+    entry_of,
+    find,
+    hash_of,
+    is_key,
+    is_there,
+    other_bucket,
+    search,
+    tags_of,
+)
 from libfp.tables.flow_wheel import ticks_of, turn
 
 LINE = 64
@@ -106,28 +119,51 @@ def enter_one(table, words, key, swapped):  # type: ignore[no-untyped-def]
     return enter(table, words, key, hash_of(table, words, key), swapped)
 
 
+@inline
 @kernel
-def ask_tags(table, hashed):  # type: ignore[no-untyped-def]
-    """Ask for the tags of a key's buckets."""
+def ask_tags(table, hashed, line):  # type: ignore[no-untyped-def]
+    """Ask for the tags of a key's two buckets; their numbers go into its line."""
     buckets = load64(table + BUCKETS)
     first = first_bucket(hashed, buckets)
+    second = other_bucket(hashed, first, buckets)
     prefetch(table + TAGS + 8 * first)
-    prefetch(table + TAGS + 8 * other_bucket(hashed, first, buckets))
+    prefetch(table + TAGS + 8 * second)
+    store64(line + HASH, hashed)
+    store64(line + SLOT, first << 32 | second)
 
 
+@inline
 @kernel
-def ask_records(table, hashed):  # type: ignore[no-untyped-def]
-    """Ask for the records that may be a key's: the first candidate of each bucket."""
-    buckets, tag = load64(table + BUCKETS), tag_of(hashed)
-    first = first_bucket(hashed, buckets)
-    bucket = first
-    for _ in range(2):
-        found = candidates(tags_of(table, bucket), tag)
-        if found != 0:
-            at = record_of(table, bucket << 3 | ctz64(found) >> 3)
-            prefetch(at)
-            prefetch(at - 16)
-        bucket = other_bucket(hashed, first, buckets)
+def ask_record(table, line):  # type: ignore[no-untyped-def]
+    """Ask for the record that is probably a key's: the first candidate's; its slot goes into the line, -1: none.
+
+    No branch: which of its buckets a key is in, nobody foresees.
+    """
+    buckets, tag = load64(line + SLOT), tag_of(load64(line + HASH))
+    first, second = buckets >> 32, buckets & 0xFFFFFFFF
+    one, two = candidates(tags_of(table, first), tag), candidates(tags_of(table, second), tag)
+    there = -(one != 0)
+    found = two ^ (one ^ two) & there
+    bucket = second ^ (first ^ second) & there
+    number = (bucket << 3 | ctz64(found) >> 3 & 7) | -(found == 0)
+    at = record_of(table, number)
+    prefetch(at + 8)  # the end of what a lookup reads, and the beginning
+    prefetch(at - 16)
+    store64(line + SLOT, number)
+
+
+@inline
+@kernel
+def confirm(table, words, line):  # type: ignore[no-untyped-def]
+    """Put the slot of the key's flow into its line, -1 if it has none."""
+    number = load64(line + SLOT)
+    if number < 0:
+        return
+    if unlikely(not is_key(table, words, number, line)):  # another key of the same tag
+        number = search(table, words, line, load64(line + HASH))
+    if number >= 0 and expired(table, record_of(table, number)) != 0:
+        number = -1
+    store64(line + SLOT, number)
 
 
 @native
@@ -195,27 +231,23 @@ class FlowView:
             line = self.lines + LINE * i
             kind = load64(line + KIND)
             if kind & 0xFF == 2:
-                hashed = hash_of(self.four, 2, line)
+                ask_tags(self.four, hash_of(self.four, 2, line), line)
             elif kind != 0 and self.six != 0:
-                hashed = hash_of(self.six, 5, line)
+                ask_tags(self.six, hash_of(self.six, 5, line), line)
             else:
                 store64(line + KIND, 0)
-                continue
-            store64(line + HASH, hashed)
-            ask_tags(self.table(kind), hashed)
         for i in range(count):
             line = self.lines + LINE * i
             kind = load64(line + KIND)
             if kind != 0:
-                ask_records(self.table(kind), load64(line + HASH))
+                ask_record(self.four if kind & 0xFF == 2 else self.six, line)
         for i in range(count):
             line = self.lines + LINE * i
-            kind, number = load64(line + KIND), -1
+            kind = load64(line + KIND)
             if kind & 0xFF == 2:
-                number = find(self.four, 2, line, load64(line + HASH))
+                confirm(self.four, 2, line)
             elif kind != 0:
-                number = find(self.six, 5, line, load64(line + HASH))
-            store64(line + SLOT, number)
+                confirm(self.six, 5, line)
 
     def table(self, kind):  # type: ignore[no-untyped-def]
         """The table of a kind of key."""

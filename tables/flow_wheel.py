@@ -37,7 +37,7 @@ from libfp.tables.flow_record import (
     record_of,
 )
 
-LOOKS = 32  # a turn
+LOOKS = 64  # a turn: as many as a burst can make
 
 
 @kernel
