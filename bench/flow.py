@@ -67,12 +67,11 @@ def _fill(flows, keys, values, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _churn(flows, keys, count, first, tick, turns):  # type: ignore[no-untyped-def]
+def _churn(flows, keys, count, first, tick):  # type: ignore[no-untyped-def]
     """Bursts of new flows of keys `first` on, of KEYS that come round; a tick each `tick` flows."""
     lines, began = flows.lines, clock()
     for i in range(first, first + count, BURST):
-        if turns != 0:
-            turn(flows.four, i // tick)
+        turn(flows.four, i // tick)
         for j in range(BURST):
             key = keys + 16 * ((i + j) & KEYS - 1)
             store64(lines + LINE * j, load64(key))
@@ -175,7 +174,7 @@ def _made(count: int, random: Any, ffi: Any, lib: Any) -> Iterator[Case]:
     table = lib.hash_make(ffi.NULL, ffi.NULL, 0, 2 * count) if lib else None
 
     def ours(many: int = 1 << 20) -> float:
-        ticks = _churn(part.view, given.address, many, at["ours"], tick, 1)
+        ticks = _churn(part.view, given.address, many, at["ours"], tick)
         at["ours"] += many
         return _ns(ticks, many)
 
@@ -252,7 +251,7 @@ def _flood(count: int, random: Any) -> Iterator[Case]:
     at = {"ours": count // 10 // BURST * BURST}
 
     def ours(many: int = 1 << 20) -> float:
-        ticks = _churn(part.view, given.address, many, at["ours"], 1, 0)
+        ticks = _churn(part.view, given.address, many, at["ours"], 1000)
         at["ours"] += many
         return _ns(ticks, many)
 

@@ -65,6 +65,7 @@ _ONES, _HIGHS, _LOWS = 0x0101010101010101, ~0x7F7F7F7F7F7F7F7F, 0x7F7F7F7F7F7F7F
 _LIVE = 1 << 31  # ticks left of a flow that lives are less
 
 
+@inline
 @kernel
 def entry_of(table, number, swapped, bits):  # type: ignore[no-untyped-def]
     """The entry of the flow in slot `number`, -1: none, for a packet whose endpoints were `swapped` to make its key."""
@@ -141,6 +142,7 @@ def search(table, words, key, hashed):  # type: ignore[no-untyped-def]
     return -1
 
 
+@inline
 @kernel
 def is_there(table, words, number, key):  # type: ignore[no-untyped-def]
     """Whether the flow of this key lives in that slot."""
@@ -166,6 +168,16 @@ def enter(table, words, key, hashed, swapped):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def room_in(table, first, second):  # type: ignore[no-untyped-def]
+    """The slot for a new flow: an empty one of the emptier of two buckets; -1 if both are full."""
+    one, two = vacant(tags_of(table, first)), vacant(tags_of(table, second))
+    if one | two == 0:
+        return -1
+    more = popcount64(two) > popcount64(one)
+    return (second if more else first) << 3 | ctz64(two if more else one) >> 3
+
+
+@kernel
 def make(table, words, key, hashed, swapped):  # type: ignore[no-untyped-def]
     """Make a flow of a key that is not there; the slot's number, -1: refused.
 
@@ -174,11 +186,8 @@ def make(table, words, key, hashed, swapped):  # type: ignore[no-untyped-def]
     buckets = load64(table + BUCKETS)
     first = first_bucket(hashed, buckets)
     second = other_bucket(hashed, first, buckets)
-    one, two = vacant(tags_of(table, first)), vacant(tags_of(table, second))
-    if one | two != 0:
-        more = popcount64(two) > popcount64(one)
-        number = (second if more else first) << 3 | ctz64(two if more else one) >> 3
-    else:
+    number = room_in(table, first, second)
+    if number < 0:
         number = least_worthy(table, first, second)
         if number < 0:
             count(table, REFUSED, 1)

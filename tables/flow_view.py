@@ -39,6 +39,7 @@ from libfp.tables.flow_table import (
     is_key,
     is_there,
     other_bucket,
+    room_in,
     search,
     tags_of,
 )
@@ -137,7 +138,8 @@ def ask_tags(table, hashed, line):  # type: ignore[no-untyped-def]
 def ask_record(table, line):  # type: ignore[no-untyped-def]
     """Ask for the record that is probably a key's: the first candidate's; its slot goes into the line, -1: none.
 
-    No branch: which of its buckets a key is in, nobody foresees.
+    No branch on which of its buckets a key is in, which nobody foresees. For a key that is not there, ask for the
+    record that it would get.
     """
     buckets, tag = load64(line + SLOT), tag_of(load64(line + HASH))
     first, second = buckets >> 32, buckets & 0xFFFFFFFF
@@ -146,10 +148,10 @@ def ask_record(table, line):  # type: ignore[no-untyped-def]
     found = two ^ (one ^ two) & there
     bucket = second ^ (first ^ second) & there
     number = (bucket << 3 | ctz64(found) >> 3 & 7) | -(found == 0)
-    at = record_of(table, number)
+    store64(line + SLOT, number)
+    at = record_of(table, room_in(table, first, second) if unlikely(found == 0) else number)
     prefetch(at + 8)  # the end of what a lookup reads, and the beginning
     prefetch(at - 16)
-    store64(line + SLOT, number)
 
 
 @inline
@@ -253,14 +255,19 @@ class FlowView:
         """The table of a kind of key."""
         return self.four if kind & 0xFF == 2 else self.six
 
+    @inline
     def at(self, i):  # type: ignore[no-untyped-def]
         """The flow of packet `i` of the burst that was looked up, as long as it lives."""
         line = self.lines + LINE * (i & LINES - 1)
-        kind, number = load64(line + KIND), load64(line + SLOT)
-        if kind == 0:
-            return entry_of(self.four, -1, 0, 0)
-        table = self.table(kind)
-        if number >= 0 and not is_there(table, kind & 0xFF, number, line):
+        kind, number, table = load64(line + KIND), load64(line + SLOT), self.four
+        if kind & 0xFF == 2:
+            if number >= 0 and not is_there(table, 2, number, line):
+                number = -1
+        elif kind != 0:
+            table = self.six
+            if number >= 0 and not is_there(table, 5, number, line):
+                number = -1
+        else:
             number = -1
         return entry_of(table, number, kind >> 8, 0)
 
