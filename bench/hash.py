@@ -20,7 +20,8 @@ from libfp.tables import Hash
 SIZES = {"1 k": 1000, "64 k": 64_000, "1 M": 1_000_000, "4 M": 4_000_000}
 
 
-def _functions(ffi: Any, lib: Any, keys: np.ndarray, values: np.ndarray) -> tuple[list[Peer], list[Any]]:
+def functions_of(ffi: Any, lib: Any, keys: np.ndarray, values: np.ndarray) -> tuple[list[Peer], list[Any]]:
+    """rte_hash's ways to look up, in tables of these entries; and those tables, to be freed."""
     made, count = {}, len(keys)
     given = ffi.cast("uint8_t *", keys.ctypes.data), ffi.cast("uint64_t *", values.ctypes.data), count
     for name, entries in {"full": count, "half full": 2 * count}.items():
@@ -47,7 +48,7 @@ def cases() -> Iterator[Case]:
         values = random.integers(0, (1 << 63) - 1, count)
         table = Hash(key=("u64", "u64"), capacity=count)
         table.load(keys, values)
-        functions, made = _functions(ffi, lib, keys, values) if lib else ([], [])
+        functions, made = functions_of(ffi, lib, keys, values) if lib else ([], [])
         text = f"{count} entries of 24 bytes, {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
         for name, among in (("hits", keys), ("misses", others)):
             view = table.view()

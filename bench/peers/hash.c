@@ -7,6 +7,8 @@ struct rte_hash *hash_make(const uint8_t *keys, const uint64_t *values, unsigned
 void hash_free(struct rte_hash *hash);
 uint64_t hash_bulk(struct rte_hash *hash, const uint8_t *keys, unsigned count, unsigned passes, uint64_t *results);
 uint64_t hash_hashed(struct rte_hash *hash, const uint8_t *keys, unsigned count, unsigned passes, uint64_t *results);
+uint64_t hash_churn(struct rte_hash *hash, const uint8_t *keys, unsigned keys_count, unsigned count, uint64_t first,
+                    unsigned behind);
 */
 #include "peers.h"
 #include <rte_hash.h>
@@ -65,4 +67,17 @@ uint64_t hash_bulk(struct rte_hash *hash, const uint8_t *keys, unsigned count, u
 uint64_t hash_hashed(struct rte_hash *hash, const uint8_t *keys, unsigned count, unsigned passes, uint64_t *results)
 {
     return lookup(hash, keys, count, passes, results, 1);
+}
+
+/* Add `count` keys, from number `first` on, of `keys_count` that come round; delete, for each, the one `behind` ago. */
+uint64_t hash_churn(struct rte_hash *hash, const uint8_t *keys, unsigned keys_count, unsigned count, uint64_t first,
+                    unsigned behind)
+{
+    uint64_t start = rte_rdtsc();
+    for (uint64_t i = first; i < first + count; i++) {
+        rte_hash_add_key_data(hash, keys + KEY * (i % keys_count), (void *)i);
+        if (i >= behind)
+            rte_hash_del_key(hash, keys + KEY * ((i - behind) % keys_count));
+    }
+    return rte_rdtsc() - start;
 }

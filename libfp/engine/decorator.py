@@ -21,7 +21,10 @@ class Bindable(Protocol):
         """The tables of which each worker needs a replica."""
 
     def stage_view(self, replica: Callable[[Any], Any]) -> Any:
-        """The native object one worker's stage receives; `replica(table)` is that worker's view of a table."""
+        """The native object one worker's stage receives; `replica(table)` is that worker's view of a table.
+
+        If its class has a method ``each_turn``, the loop calls it once a turn: see `libfp.tables.per_worker`.
+        """
 
 
 class Stage:

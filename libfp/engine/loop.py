@@ -155,7 +155,7 @@ def turn(context, burst, mailbox, port{arguments}):
 @cached_kernel
 def step(context, burst, mailbox{arguments}):
     drain(mailbox, {budget})
-    received = {exchanged}
+    received = {before}
     for port in range(context.port_count):
         received += turn(context, burst, mailbox, port{arguments})
     return received
@@ -171,7 +171,7 @@ def loop(context, burst, mailbox{arguments}):
         updates = drain(mailbox, {budget})
         if updates != 0:
             context.count(UPDATES, updates)
-        received = {exchanged}
+        received = {before}
         for port in range(context.port_count):
             received += turn(context, burst, mailbox, port{arguments})
 {kick}
@@ -218,10 +218,12 @@ def render(
     sealed: bool,
     budget: int,
     hands_off: Collection[int] = (),
+    turned: Collection[str] = (),
 ) -> str:
     """The module of a pipeline: `stages` are (per burst, call expression with {{packet}} or burst as first word).
 
-    `hands_off` are the numbers of those that may hand packets off. Others go on with them in the stage after.
+    `hands_off` are the numbers of those that may hand packets off. Others go on with them in the stage after. `turned`
+    are those of the arguments whose `each_turn` is called each turn.
     """
     entries = [number + 1 for number in hands_off]  # where bursts of other workers begin
     plain = ["    first = load64(burst.at + FIRST)"] if entries else []
@@ -244,6 +246,8 @@ def render(
         plain += lines
         watched += tapped
     given = "".join(f", {name}" for name in arguments)
+    before = [f"exchange(context, burst{given})"] if entries else []
+    before += [f"{name}.each_turn()" for name in turned]
     nap = "park_lent" if entries else "park"
     calls = ["            kick(context, port)"] if kick == "inline" else []
     if entries and kick == "inline" and idle == "park":
@@ -256,7 +260,7 @@ def render(
         finish="finish_lent" if entries else "finish",
         stages=len(stages),
         exchange=EXCHANGE.format(arguments=given) if entries else "",
-        exchanged=f"exchange(context, burst{given})" if entries else "0",
+        before=" + ".join(before) or "0",
         seal="    if context.running():  # not where it is only compiled\n        seal(context)" if sealed else "",
         kick="\n".join(calls),
         park=f"            if idle > load64(context.at + IDLE_LIMIT):\n                {nap}(context)\n"

@@ -59,6 +59,7 @@ class Pipeline:
         self.reasons = Reasons(self._digest.strings, rates)
         self._bindings: list[Any] = []  # what the loop takes as arguments, in order
         self._calls: list[tuple[bool, str]] = []
+        self._turned: list[str] = []  # those of the arguments that want to be called each turn of the loop
         for bound in self.stages:
             rest = "".join(f", {self._argument(value)}" for value in bound.arguments)
             self._calls.append((bound.stage.per_burst, rest))
@@ -75,7 +76,7 @@ class Pipeline:
 
     @property
     def tables(self) -> list[Any]:
-        """Every table the stages see, each once."""
+        """Every table the stages see, and what their workers have of their own; each once."""
         found: dict[int, Any] = {}
         for value in self._bindings:
             if isinstance(value, Bindable):
@@ -88,6 +89,7 @@ class Pipeline:
         made = [value.stage_view(replica) if isinstance(value, Bindable) else value for value in self._bindings]
         for view in made:
             self._digest.add_object(view)
+        self._turned = [f"a{number}" for number, view in enumerate(made) if hasattr(type(view), "each_turn")]
         return made
 
     def explain(self, next_hop: int, packet: bytes) -> str:
@@ -115,6 +117,7 @@ class Pipeline:
             sealed=sealed,
             budget=UPDATE_BUDGET,
             hands_off=self.hands_off,
+            turned=self._turned,
         )
         scope = {f"stage_{number}": bound.stage.kernel for number, bound in enumerate(self.stages)}
         return generate("pipeline", source, self._digest.text(), scope)

@@ -19,6 +19,7 @@ from typing import Any
 
 from libfp.jit import Arena, entry, kernel, load64, store64
 from libfp.rings.spsc import Spsc
+from libfp.tables.per_worker import PerWorker
 from libfp.tables.table import Table
 from libfp.tables.words import BUDGET, HEADER
 
@@ -70,7 +71,8 @@ def _deliver(mailbox, log, count, base):  # type: ignore[no-untyped-def]
 
 
 class Replicas:
-    """One worker's replicas of `tables`, in order of no importance; each table once.
+    """One worker's replicas of `tables`, in order of no importance; each table once. Of what is a `PerWorker` among
+    them, which has no master to follow, its part of worker number `worker`.
 
     `mailbox` is what the worker hands to `drain`, ``view(table)`` what its loop looks things up in. Call `reset`
     before the worker's thread starts, `stop` after it has ended, and `flush` every few milliseconds meanwhile. While
@@ -78,8 +80,9 @@ class Replicas:
     everything. Thread-safe; nothing here waits for the worker.
     """
 
-    def __init__(self, tables: Iterable[Table], *, mailbox: int = MAILBOX) -> None:
-        self.tables = list({id(table): table for table in tables}.values())
+    def __init__(self, tables: Iterable[Any], *, mailbox: int = MAILBOX, worker: int = 0) -> None:
+        given = {id(table): table for table in tables}.values()
+        self.tables: list[Table] = [table for table in given if not isinstance(table, PerWorker)]
         assert len(self.tables) < min(mailbox, BUDGET), "a fresh copy of every table is one transaction"
         self.running = False
         #: How often the replicas were copied afresh because the worker could not keep up, or after a bulk load.
@@ -98,14 +101,23 @@ class Replicas:
             self._fresh()
             for table in self.tables:
                 table.subscribe(self)
+        self._own: list[tuple[PerWorker[Any], Any]] = []
+        try:
+            for one in given:
+                if isinstance(one, PerWorker):
+                    self._own.append((one, one.join(worker)))
+                    self._views[id(one)] = self._own[-1][1].view
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def mailbox(self) -> Any:
         """The mailbox as compiled code sees it."""
         return self._ring.view
 
-    def view(self, table: Table) -> Any:
-        """This worker's replica of `table`, as compiled code sees it: the same object each time."""
+    def view(self, table: Any) -> Any:
+        """This worker's replica (or part) of `table`, as compiled code sees it: the same object each time."""
         if id(table) not in self._views:
             self._views[id(table)] = table.view_for(self._cell[id(table)])
         return self._views[id(table)]
@@ -147,6 +159,9 @@ class Replicas:
         for table in self.tables:
             with table.lock:
                 table.unsubscribe(self)
+        while self._own:
+            owner, part = self._own.pop()
+            owner.leave(part)
         with self._lock:
             for arena in [*self._arenas.values(), *self._retired, self._cells]:
                 arena.close()

@@ -84,7 +84,7 @@ class WorkerState:
         self._closers.append(self.blocks.arena.close)
         self.memory = ContextMemory()
         self._closers += [self.memory.arena.close, self.memory.control.close]
-        self.replicas = self._own(Replicas(self.pipeline.tables))
+        self.replicas = self._own(Replicas(self.pipeline.tables, worker=queue))
         self.punt_ring = self._own(PuntRing(frame_size=frame_size)) if punt else None
         for number, port in enumerate(self.open_ports):
             self.blocks.fill_in(

@@ -14,9 +14,10 @@ from libfp import Pipeline, stage
 from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
+from libfp.packet.burst import Burst
 from libfp.rings import Mpmc, Mpsc, Spsc
 from libfp.stages import Routes, by_flow, forward, parse
-from libfp.tables import Hash
+from libfp.tables import Flow, Hash
 from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
 
 pytestmark = [
@@ -260,6 +261,43 @@ def test_bursts_of_exact_matches_lock_and_call_nothing(key: Any) -> None:
     assert report.findings == ()
     assert (report.indirect, report.calls) == (0, set()), report.where
     assert "search_on" in short(report.functions), "or it was not read, and nothing is proven"
+
+
+@kernel
+def _use(flow, i):  # type: ignore[no-untyped-def]
+    if flow.found and not flow.new and flow.reply and flow.age > 3:
+        flow.state = flow.state + 1
+        flow.assured = not flow.assured
+        flow.touch()
+    flow.keep(i)
+    flow.add(i, 1)
+    flow.set_value(i, flow.value(0))
+    flow.remove()
+
+
+@kernel
+def _flow_calls(view, burst):  # type: ignore[no-untyped-def]
+    """Every call of a stage, and what the loop calls each turn."""
+    left = view.each_turn()
+    view.find_burst(burst)
+    for i in range(burst.count):
+        _use(view.at(i), i)
+        _use(view.enter_at(i), i)
+        _use(view.find(burst.packet(i)), i)
+        _use(view.enter(burst.packet(i)), i)
+    left += view.enter4(1, 2, 3, 4, 6).at + view.find4(1, 2, 3, 4, 6).at
+    return left + view.enter6((1, 2), 2, (3, 4), 4, 6).at + view.find6((1, 2), 2, (3, 4), 4, 6).at
+
+
+def test_flows_lock_and_call_nothing() -> None:
+    flows = Flow(capacity=64)
+    part = flows.join(0)
+    report = check(*compile_afresh(_flow_calls, (part.view, Burst(0))))
+    flows.leave(part)
+    assert report.findings == ()
+    assert (report.indirect, report.calls) == (0, set()), report.where
+    for one in ("least_worthy", "look_on"):
+        assert one in short(report.functions), "or it was not read, and nothing is proven"
 
 
 # The reader, on assembly by hand.
