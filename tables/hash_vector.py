@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils
 
-from libfp.jit import ctz64, store64, without_lowest64
+from libfp.jit import store64
 from libfp.jit.primitive import I8, I64, declare, primitive
 from libfp.tables.buckets import EDGE, HALF, K2, K3, SECRETS, SLOTS, SPAN, TAGS, K, value_at
 from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
@@ -20,22 +20,10 @@ _BYTES = ir.VectorType(I8, 8 * LANES)
 _SPREAD = ir.Constant(ir.VectorType(ir.IntType(32), 8 * LANES), [i & ~7 for i in range(8 * LANES)])
 _TRUTHS = ir.VectorType(ir.IntType(1), LANES)
 _SLOTS = 0x0080808080808080
-_NUMBERS = ir.Constant(WORDS, list(range(LANES)))
 
-# Room on the stack, in words: 64 hashes; of those listed the numbers, the places, the candidates; words of no use.
-_LIST, _PLACES, _FOUND, _MORE, _NOWHERE, _ROOM = 64, 136, 208, 280, 281, 288
-
-
-def listed(numbers: int, second: int) -> int:
-    """Write the numbers of the bits set in `second`, and then eight zeros; return how many."""
-    count = 0
-    while second != 0:
-        store64(numbers + 8 * count, ctz64(second))
-        second = without_lowest64(second)
-        count += 1
-    for i in range(count, count + LANES):
-        store64(numbers + 8 * i, 0)
-    return count
+# Room on the stack, in words: 64 hashes and one for lanes that are not used; where those store; what is undecided; of
+# the keys that are listed the numbers, the places, the candidates.
+_NONE, _NOWHERE, _MORE, _LIST, _PLACES, _FOUND, _ROOM = 64, 65, 66, 72, 136, 200, 264
 
 
 def _at(builder: Any, address: Any, words: int) -> Any:
@@ -141,14 +129,19 @@ class _Table:
         return builder.select(_some(builder, found), place, tags_at)
 
     def compare(self, key: list[Any], places: Any, found: Any) -> tuple[Any, Any, Any]:
-        """Which lanes' candidates are the keys', their values, and which lanes have other candidates to ask."""
+        """Which lanes' candidates are the keys', their values, and which lanes have others: those are asked for."""
         builder, different = self.builder, same(WORDS, 0)
         for one, stored in zip(key, self.key(places), strict=True):
             different = builder.or_(different, builder.xor(stored, one))
         hit = builder.and_(_some(builder, found), builder.icmp_signed("==", different, same(WORDS, 0)))
         value = gather(builder, WORDS, builder.add(places, same(WORDS, 8 * self.words)))
-        others = _some(builder, builder.and_(found, builder.sub(found, same(WORDS, 1))))
-        return hit, value, builder.and_(others, builder.not_(hit))
+        others = builder.and_(found, builder.sub(found, same(WORDS, 1)))
+        undecided = builder.and_(_some(builder, others), builder.not_(hit))
+        with builder.if_then(builder.icmp_signed("!=", mask(builder, undecided), ir.Constant(I64, 0))):
+            further = builder.sub(_lowest(builder, others), _lowest(builder, found))
+            further = builder.select(undecided, builder.mul(further, same(WORDS, self.words + 1)), same(WORDS, 0))
+            _prefetch(builder, builder.add(places, further))
+        return hit, value, undecided
 
 
 def _emitter(groups: int) -> Any:
@@ -166,6 +159,12 @@ def _emitter(groups: int) -> Any:
         at = [_at(builder, keys, LANES * count * i) for i in range(groups)]
         to = [_at(builder, results, LANES * i) for i in range(groups)]
 
+        def word(index: Any, field: int) -> Any:
+            return builder.add(_at(builder, room, field), builder.shl(index, ir.Constant(I64, 3)))
+
+        def row(index: Any, field: int) -> Any:
+            return word(builder.shl(index, ir.Constant(I64, 3)), field)
+
         hashes = [table.hash(table.keys(one)) for one in at]
         numbers = [table.bucket(one) for one in hashes]
         tags_at = [table.tags_at(one) for one in numbers]
@@ -182,41 +181,40 @@ def _emitter(groups: int) -> Any:
             store(builder, _at(builder, room, LANES * i), hashes[i])
             store(builder, to[i], defaults)
 
-        signature = types.int64(types.int64, types.int64)
-        lister = context.compile_subroutine(builder, listed, signature).fndesc
-        callee = context.declare_function(builder.module, lister)
-        arguments = [_at(builder, room, _LIST), second]
-        _, many = context.call_conv.call_function(builder, callee, signature.return_type, signature.args, arguments)
+        many = builder.call(declare(builder, "llvm.ctpop.i64", I64, I64), [second])
         rows = builder.lshr(builder.add(many, ir.Constant(I64, LANES - 1)), ir.Constant(I64, 3))
+        left = cgutils.alloca_once_value(builder, second)
         more_at = builder.inttoptr(_at(builder, room, _MORE), I64.as_pointer())
         builder.store(ir.Constant(I64, 0), more_at)
+        builder.store(ir.Constant(I64, 0), builder.inttoptr(_at(builder, room, _NONE), I64.as_pointer()))
 
-        def row(index: Any, field: int) -> Any:
-            return builder.add(_at(builder, room, field), builder.shl(index, ir.Constant(I64, 6)))
-
-        def seconds(index: Any) -> tuple[Any, Any, Any, Any]:
-            """Of a row of the list: their hashes, buckets, where the tags are, and which lanes are in use."""
-            which = load(builder, row(index, _LIST), WORDS)
-            hashed = gather(
-                builder, WORDS, builder.add(splat(builder, room, WORDS), builder.shl(which, same(WORDS, 3)))
-            )
+        def seconds(which: Any) -> tuple[Any, Any, Any]:
+            """Of a row of the list: their hashes, buckets, and where the tags are."""
+            hash_at = builder.add(splat(builder, room, WORDS), builder.shl(which, same(WORDS, 3)))
+            hashed = gather(builder, WORDS, hash_at)
             bucket = table.bucket(builder.mul(hashed, same(WORDS, K3)))
-            number = builder.add(splat(builder, builder.shl(index, ir.Constant(I64, 3)), WORDS), _NUMBERS)
-            used = builder.icmp_signed("<", number, splat(builder, many, WORDS))
-            where = builder.select(used, table.tags_at(bucket), splat(builder, room, WORDS))
-            return hashed, bucket, where, used
+            return hashed, bucket, table.tags_at(bucket)
 
-        with cgutils.for_range(builder, rows) as loop:
-            _prefetch(builder, seconds(loop.index)[2])
+        with cgutils.for_range(builder, rows) as loop:  # no branch depends on the bits but that
+            bits, which = builder.load(left), ir.Constant(WORDS, ir.Undefined)
+            for lane in range(LANES):
+                number = builder.cttz(bits, ir.Constant(ir.IntType(1), 0))
+                which = builder.insert_element(which, number, ir.Constant(HALVES.element, lane))
+                bits = builder.and_(bits, builder.sub(bits, ir.Constant(I64, 1)))
+            builder.store(bits, left)
+            store(builder, row(loop.index, _LIST), which)
+            _prefetch(builder, seconds(which)[2])
         for i in range(groups):
             with builder.if_then(_any(builder, found[i])):
-                hit, value, others = table.compare(table.keys(at[i]), places[i], found[i])
+                hit, value, undecided = table.compare(table.keys(at[i]), places[i], found[i])
                 store(builder, to[i], builder.select(hit, value, defaults))
-                bits = builder.shl(mask(builder, others), ir.Constant(I64, LANES * i))
+                bits = builder.shl(mask(builder, undecided), ir.Constant(I64, LANES * i))
                 builder.store(builder.or_(builder.load(more_at), bits), more_at)
         with cgutils.for_range(builder, rows) as loop:
-            hashed, bucket, where, used = seconds(loop.index)
+            which = load(builder, row(loop.index, _LIST), WORDS)
+            hashed, bucket, where = seconds(which)
             candidates = table.candidates(hashed, gather(builder, WORDS, where))
+            used = builder.icmp_unsigned("<", which, same(WORDS, 64))
             candidates = builder.select(used, candidates, same(WORDS, 0))
             place = table.places(bucket, candidates, where)
             _prefetch(builder, place)
@@ -225,15 +223,15 @@ def _emitter(groups: int) -> Any:
         with cgutils.for_range(builder, rows) as loop:
             candidates = load(builder, row(loop.index, _FOUND), WORDS)
             with builder.if_then(_any(builder, candidates)):
-                which = load(builder, row(loop.index, _LIST), WORDS)
+                which = builder.and_(load(builder, row(loop.index, _LIST), WORDS), same(WORDS, 63))
                 key = builder.add(splat(builder, keys, WORDS), builder.mul(which, same(WORDS, 8 * count)))
                 place = load(builder, row(loop.index, _PLACES), WORDS)
-                hit, value, others = table.compare(table.key(key), place, candidates)
+                hit, value, undecided = table.compare(table.key(key), place, candidates)
                 target = builder.add(splat(builder, results, WORDS), builder.shl(which, same(WORDS, 3)))
                 target = builder.select(hit, target, splat(builder, _at(builder, room, _NOWHERE), WORDS))
                 for one, stored in zip(_lanes(builder, target), _lanes(builder, value), strict=True):
                     builder.store(stored, builder.inttoptr(one, I64.as_pointer()))
-                bits = builder.select(others, builder.shl(same(WORDS, 1), which), same(WORDS, 0))
+                bits = builder.select(undecided, builder.shl(same(WORDS, 1), which), same(WORDS, 0))
                 reduce = declare(builder, f"llvm.vector.reduce.or.v{LANES}i64", I64, WORDS)
                 builder.store(builder.or_(builder.load(more_at), builder.call(reduce, [bits])), more_at)
         return builder.load(more_at)
