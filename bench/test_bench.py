@@ -19,6 +19,7 @@ from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
+    "churn": ("forwarding", "most"),
     "forward": ("full table", "beside C", "one route"),
     "hash": (
         *(f"{size} {name}" for size in ("1 k", "64 k", "1 M", "4 M") for name in ("hits", "misses")),
