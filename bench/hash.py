@@ -63,19 +63,8 @@ def cases() -> Iterator[Case]:
         functions, made = _functions(ffi, lib, keys, values) if lib else ([], [])
         text = f"{count} entries of 24 bytes, {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
         for name, among in (("hits", keys), ("misses", others)):
-            view = table.view()
             bed = Keys(among[random.integers(0, count, KEYS)], 16, ffi, value=8)
-            best, medians = bed.best(view, functions)
-            yield Case(
-                bench="hash",
-                case=f"{size} {name}",
-                unit="M lookups/s",
-                better="higher",
-                ours=lambda bed=bed, view=view: bed.ours(view),  # type: ignore[misc]
-                peer=best.name if best else None,
-                theirs=(lambda bed=bed, best=best: bed.theirs(best)) if best else None,  # type: ignore[misc]
-                about=f"{text}; {medians}",
-            )
+            yield bed.case("hash", f"{size} {name}", table.view(), functions, text)
         for one in made:
             lib.hash_free(one)
 
