@@ -15,6 +15,7 @@ from libfp.errors import BadInput, Error
 
 #: Name -> module with ``cases()``.
 BENCHES = {
+    "churn": "route changes that a worker takes in under full load",
     "flow": "flows found, made and ended, beside rte_hash; and in a flood",
     "forward": "the full IPv4 forwarding compute: stages beside one flat kernel, and beside C over rte_fib",
     "hash": "exact matches of keys of 16 bytes, beside rte_hash",

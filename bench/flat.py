@@ -55,29 +55,35 @@ def renew(base: int, frames: int, stride: int, keys: int) -> None:
         store16be(ip + 10, checksum(ip, 20))
 
 
-def stages_round(pipeline: Any) -> Any:
-    """A kernel that runs the pipeline over frames as `PortRings.rx_burst` would deliver them."""
+def stages_burst(pipeline: Any) -> Any:
+    """A kernel that runs the pipeline over 64 frames, from `first` on, as `PortRings.rx_burst` would deliver them."""
     process = pipeline.module().process
 
     @kernel
-    def chunk(context, burst, view, base, frames, descs):  # type: ignore[no-untyped-def]
-        for first in range(0, frames, 64):
-            begin(context, burst, 0)
-            burst.base = base
-            for i in range(64):
-                desc = descs + 16 * (first + i)
-                frame = load64(desc)
-                prefetch(base + frame)
-                store64(burst.at + FRAME + 8 * i, frame)
-                store32(burst.at + LENGTH + 4 * i, load32(desc + 8))
-            burst.begin(64)
-            process(context, burst, view)
-            for port in range(2):
-                rings = context.rings(port)
-                rings.publish()
-                own = load64(rings.at + TX + OWN)  # the far end takes all at once
-                store_release32(load64(rings.at + TX + CONSUMER), own)
-                store64(rings.at + COMPLETION + OWN, own)
+    def run(context, burst, view, base, descs, first):  # type: ignore[no-untyped-def]
+        begin(context, burst, 0)
+        burst.base = base
+        for i in range(64):
+            desc = descs + 16 * (first + i)
+            frame = load64(desc)
+            prefetch(base + frame)
+            store64(burst.at + FRAME + 8 * i, frame)
+            store32(burst.at + LENGTH + 4 * i, load32(desc + 8))
+        burst.begin(64)
+        process(context, burst, view)
+        for port in range(2):
+            rings = context.rings(port)
+            rings.publish()
+            own = load64(rings.at + TX + OWN)  # the far end takes all at once
+            store_release32(load64(rings.at + TX + CONSUMER), own)
+            store64(rings.at + COMPLETION + OWN, own)
+
+    return run
+
+
+def stages_round(pipeline: Any) -> Any:
+    """A kernel that runs the pipeline over all frames, chunk by chunk."""
+    run = stages_burst(pipeline)
 
     @kernel
     def round_(context, burst, view, base, frames, stride, descs, keys, chunks):  # type: ignore[no-untyped-def]
@@ -85,7 +91,8 @@ def stages_round(pipeline: Any) -> Any:
         for number in range(chunks):
             renew(base, frames, stride, keys + 4 * frames * number)
             start = clock()
-            chunk(context, burst, view, base, frames, descs)
+            for first in range(0, frames, 64):
+                run(context, burst, view, base, descs, first)
             ticks += clock() - start
         return ticks
 

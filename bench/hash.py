@@ -1,5 +1,7 @@
 """`Hash` beside rte_hash: lookups in bursts of 64 of 4 M keys of 16 bytes, drawn from those there or from others.
 
+And what an insertion takes in Python while a table grows from 1 k entries to 256 k, by itself: rte_hash does not grow.
+
 The peer of a case is the fastest of four, all of which are on standard error: rte_hash_lookup_bulk_data, and the same
 with hashes computed inline by its caller; each in a table as full as it can be made (98 percent and less) and in one
 of twice the size. Ours is 0.9 full. Keys are random, values are 63 random bits. Both sides write every value.
@@ -7,6 +9,7 @@ of twice the size. Ours is 0.9 full. Keys are random, values are 63 random bits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,8 +40,18 @@ def functions_of(ffi: Any, lib: Any, keys: np.ndarray, values: np.ndarray) -> tu
     ], list(made.values())
 
 
+def _insertions(keys: list[int]) -> np.ndarray:
+    """Nanoseconds of each, into a table that has a thousandth of what it may hold."""
+    table, clock, times = Hash("u64", capacity=4_000_000), time.perf_counter_ns, np.zeros(len(keys), np.int64)
+    for i, key in enumerate(keys):
+        began = clock()
+        table[key] = i
+        times[i] = clock() - began
+    return times[1000:]
+
+
 def cases() -> Iterator[Case]:
-    """`1 k hits`, `1 k misses`, and so on, in million lookups a second."""
+    """`1 k hits`, `1 k misses`, and so on, in million lookups a second; `growth` in us."""
     there: Any = peers.found() or (None, None)
     ffi, lib = there
     random = np.random.default_rng(3)
@@ -51,18 +64,18 @@ def cases() -> Iterator[Case]:
         functions, made = functions_of(ffi, lib, keys, values) if lib else ([], [])
         text = f"{count} entries of 24 bytes, {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
         for name, among in (("hits", keys), ("misses", others)):
-            view = table.view()
             bed = Keys(among[random.integers(0, count, KEYS)], 16, ffi, value=8)
-            best, medians = bed.best(view, functions)
-            yield Case(
-                bench="hash",
-                case=f"{size} {name}",
-                unit="M lookups/s",
-                better="higher",
-                ours=lambda bed=bed, view=view: bed.ours(view),  # type: ignore[misc]
-                peer=best.name if best else None,
-                theirs=(lambda bed=bed, best=best: bed.theirs(best)) if best else None,  # type: ignore[misc]
-                about=f"{text}; {medians}",
-            )
+            yield bed.case("hash", f"{size} {name}", table.view(), functions, text)
         for one in made:
             lib.hash_free(one)
+
+    inserted = random.integers(0, 1 << 64, 256_000, dtype=np.uint64).tolist()
+    median, most, longest = np.percentile(_insertions(inserted), [50, 99.9, 100]) / 1e3
+    yield Case(
+        bench="hash",
+        case="growth, p99 of an insertion",
+        unit="us",
+        better="lower",
+        ours=lambda: float(np.percentile(_insertions(inserted), 99)) / 1e3,
+        about=f"1 k to 256 k entries: median {median:.1f}, p99.9 {most:.1f}, longest {longest:.0f} us",
+    )

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench import peers, rib
 from bench.harness import Case
-from bench.tables import KEYS, NEXT_HOPS, Keys, Peer
+from bench.tables import KEYS, NEXT_HOPS, Keys, Peer, selected
 from libfp.jit import clock_hz
 from libfp.tables import Lpm4
 
@@ -26,19 +26,11 @@ def _functions(ffi: Any, lib: Any, routes: np.ndarray) -> tuple[list[Peer], Any,
     assert lpm, "DPDK has room for the routes"
     assert fib, "DPDK has room for the routes"
 
-    def selected(number: int) -> Any:
-        def run(keys: Any, count: int, passes: int, results: Any) -> int:
-            lib.fib_select(fib, number)
-            return int(lib.fib_lookup(fib, keys, count, passes, results))
-
-        return run
-
     made = [
         Peer("rte_lpm bulk", lambda *given: lib.lpm_bulk(lpm, *given)),
         Peer("rte_lpm x4", lambda *given: lib.lpm_x4(lpm, *given)),
     ]
-    made += [Peer(f"rte_fib {name}", selected(one)) for one, name in peers.FIB.items() if lib.fib_select(fib, one) == 0]
-    return made, lpm, fib
+    return made + selected("rte_fib", fib, lib.fib_select, lib.fib_lookup, peers.FIB), lpm, fib
 
 
 def cases() -> Iterator[Case]:
@@ -62,17 +54,7 @@ def cases() -> Iterator[Case]:
     text = f"{len(addresses)} routes ({origin}), {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
     for name, keys in sets.items():
         bed = Keys(keys.astype(np.uint32), 4, ffi)
-        best, medians = bed.best(table.view(), functions)
-        yield Case(
-            bench="lpm4",
-            case=name,
-            unit="M lookups/s",
-            better="higher",
-            ours=lambda bed=bed: bed.ours(table.view()),  # type: ignore[misc]
-            peer=best.name if best else None,
-            theirs=(lambda bed=bed, best=best: bed.theirs(best)) if best else None,  # type: ignore[misc]
-            about=f"{text}; {medians}",
-        )
+        yield bed.case("lpm4", name, table.view(), functions, text)
     if lib:
         lib.lpm_free(lpm)
         lib.fib_free(fib)

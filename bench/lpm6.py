@@ -12,7 +12,7 @@ import numpy as np
 
 from bench import peers, rib
 from bench.harness import Case
-from bench.tables import KEYS, NEXT_HOPS, Keys, Peer
+from bench.tables import KEYS, NEXT_HOPS, Keys, Peer, selected
 from libfp.tables import Lpm6
 
 #: Lookup functions of rte_fib6 by number, as rte_fib6.h has them.
@@ -22,17 +22,7 @@ _FIB6 = {1: "scalar", 2: "avx512"}
 def _functions(ffi: Any, lib: Any, routes: np.ndarray) -> tuple[list[Peer], Any]:
     fib = lib.fib6_make(ffi.cast("uint8_t *", routes.ctypes.data), len(routes))
     assert fib, "DPDK has room for the routes"
-
-    def selected(number: int) -> Any:
-        def run(keys: Any, count: int, passes: int, results: Any) -> int:
-            lib.fib6_select(fib, number)
-            return int(lib.fib6_lookup(fib, keys, count, passes, results))
-
-        return run
-
-    return [
-        Peer(f"rte_fib6 {name}", selected(one)) for one, name in _FIB6.items() if lib.fib6_select(fib, one) == 0
-    ], fib
+    return selected("rte_fib6", fib, lib.fib6_select, lib.fib6_lookup, _FIB6), fib
 
 
 def cases() -> Iterator[Case]:
@@ -51,16 +41,6 @@ def cases() -> Iterator[Case]:
     sets = {"in-prefix": random.integers(0, len(addresses), KEYS), "zipf": rib.zipf(len(addresses), KEYS)}
     for name, drawn in sets.items():
         bed = Keys(rib.inside6(addresses, lengths, drawn).astype(">u8"), 16, ffi)
-        best, medians = bed.best(table.view(), functions)
-        yield Case(
-            bench="lpm6",
-            case=name,
-            unit="M lookups/s",
-            better="higher",
-            ours=lambda bed=bed: bed.ours(table.view()),  # type: ignore[misc]
-            peer=best.name if best else None,
-            theirs=(lambda bed=bed, best=best: bed.theirs(best)) if best else None,  # type: ignore[misc]
-            about=f"{text}; {medians}",
-        )
+        yield bed.case("lpm6", name, table.view(), functions, text)
     if lib:
         lib.fib6_free(fib)

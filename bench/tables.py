@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from bench.harness import Case
 from libfp.jit import Arena, clock, clock_hz, kernel
 
 BURST = 64
@@ -34,6 +36,16 @@ class Peer:
     run: Callable[[Any, int, int, Any], int]
 
 
+def selected(name: str, fib: Any, select: Any, lookup: Any, kinds: dict[int, str]) -> list[Peer]:
+    """The lookup functions of one of DPDK's FIBs, by number, that there are on this machine; each selects itself."""
+
+    def run(number: int, *given: Any) -> int:
+        select(fib, number)
+        return int(lookup(fib, *given))
+
+    return [Peer(f"{name} {kind}", partial(run, one)) for one, kind in kinds.items() if select(fib, one) == 0]
+
+
 class Keys:
     """One array of keys, of `size` bytes each, and what finds them: values of `value` bytes."""
 
@@ -55,7 +67,14 @@ class Keys:
         results = self._ffi.cast("void *", self._results.address) if keep else self._ffi.NULL
         return _millions(passes, peer.run(keys, KEYS, passes, results))
 
-    def best(self, view: Any, peers: list[Peer]) -> tuple[Peer | None, str]:
+    def case(self, bench: str, name: str, view: Any, peers: list[Peer], about: str) -> Case:
+        """The case of these keys: the peer is the fastest of `peers`."""
+        best, medians = self._best(view, peers)
+        theirs = partial(self.theirs, best) if best else None
+        peer, text = best.name if best else None, f"{about}; {medians}"
+        return Case(bench, name, "M lookups/s", "higher", partial(self.ours, view), peer, theirs, about=text)
+
+    def _best(self, view: Any, peers: list[Peer]) -> tuple[Peer | None, str]:
         """The fastest of the peers, each asked in turn, five rounds; and all of their medians, for the report.
 
         Each must find what ours does.

@@ -19,8 +19,12 @@ from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
+    "churn": ("forwarding", "most"),
     "forward": ("full table", "beside C", "one route"),
-    "hash": tuple(f"{size} {name}" for size in ("1 k", "64 k", "1 M", "4 M") for name in ("hits", "misses")),
+    "hash": (
+        *(f"{size} {name}" for size in ("1 k", "64 k", "1 M", "4 M") for name in ("hits", "misses")),
+        "growth, p99 of an insertion",
+    ),
     "idle": ("cpu", "wake"),
     "lpm4": ("random", "in-prefix", "zipf", "build"),
     "lpm6": ("in-prefix", "zipf"),

@@ -1,6 +1,7 @@
 """The layout of `libfp.tables.hash`, and how a key is found in it.
 
     secrets (8 words, a line)     what the hash adds to the words of a key
+    span, edge (a line)           how many buckets there are: see below
     tags (a word each bucket)     of its seven entries; the highest byte: which of its keys are in their second
     entries                       seven each bucket: a key and its value
 
@@ -10,6 +11,13 @@ that keys of class i, of eight, had to go to their second; so nearly all searche
 word of tags. Those of 4 M entries take 5 MB, so most lookups wait for one line of memory, an entry's, and
 misses for none.
 
+There is room for as many buckets as the full table needs, and it begins with few of them: that number, divided by a
+power of two. A table that is full doubles them, bucket by bucket, from the last to the first. Bucket b becomes buckets
+2 b and 2 b + 1 of twice as many, `span`; a key's number among those is a fraction of `span`, so half of that was its
+number before. Numbers below `edge`, which is even, still stand for their halves. Bucket b goes to where none is any
+more, so nothing is kept twice, and the numbers of all other keys stay what they are. (Linear hashing, Litwin, "Linear
+hashing: a new tool for file and table addressing", VLDB 1980, with the order of Larson's "Dynamic hashing", 1978.)
+
 Two choices of buckets with several slots: Dietzfelbinger and Weidling, "Balanced allocation and dictionaries with
 tightly packed constant size bins" (ICALP 2005). The hash is NH (Black et al., "UMAC", CRYPTO 1999) of the halves of
 each word plus a secret one, whose products vector instructions have, and then Murmur3's finalizer.
@@ -17,11 +25,12 @@ each word plus a secret one, whose products vector instructions have, and then M
 
 from __future__ import annotations
 
-from libfp.jit import ctz64, kernel, load64, mul64, mulhi64, prefetch, shr64, store64, without_lowest64
+from libfp.jit import ctz64, kernel, load64, mul64, shr64, store64, without_lowest64
 
 SLOTS = 7
 SECRETS = 0  # byte offset of the secrets, one for each word of a key
-TAGS = 64  # byte offset of the tags: a line
+SPAN, EDGE = 64, 72  # byte offsets of these words
+TAGS = 128  # byte offset of the tags: a line
 
 _ONES, _HIGHS = 0x0001010101010101, 0x0080808080808080
 HALF = 0xFFFFFFFF
@@ -71,15 +80,22 @@ def tag_of(hashed):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def first_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
-    """The number of the bucket where a key belongs."""
-    return shr64(mul64(shr64(hashed, 32), buckets), 32)
+def number_of(base, part):  # type: ignore[no-untyped-def]
+    """The number of a bucket, `part` of its range being 2**64."""
+    number = shr64(mul64(shr64(part, 32), load64(base + SPAN)), 32)
+    return number if number >= load64(base + EDGE) else number >> 1
 
 
 @kernel
-def second_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
+def first_bucket(base, hashed):  # type: ignore[no-untyped-def]
+    """The number of the bucket where a key belongs."""
+    return number_of(base, hashed)
+
+
+@kernel
+def second_bucket(base, hashed):  # type: ignore[no-untyped-def]
     """The number of the bucket where a key goes when its first is full."""
-    return mulhi64(mul64(hashed, K3), buckets)
+    return number_of(base, mul64(hashed, K3))
 
 
 @kernel
@@ -115,7 +131,7 @@ def entry_of(base, buckets, words, bucket, slot):  # type: ignore[no-untyped-def
 def find_word(base, buckets, key):  # type: ignore[no-untyped-def]
     """The address of the entry of a key of one word, 0 if it is not there."""
     hashed = scramble(product(key + load64(base + SECRETS)))
-    tag, bucket = tag_of(hashed), first_bucket(hashed, buckets)
+    tag, bucket = tag_of(hashed), first_bucket(base, hashed)
     for _ in range(2):
         tags = load64(base + TAGS + 8 * bucket)
         found = matching(tags, tag)
@@ -126,7 +142,7 @@ def find_word(base, buckets, key):  # type: ignore[no-untyped-def]
             found = without_lowest64(found)
         if elsewhere(tags, hashed) == 0:
             return 0
-        bucket = second_bucket(hashed, buckets)
+        bucket = second_bucket(base, hashed)
     return 0
 
 
@@ -137,7 +153,7 @@ def find_words(base, buckets, words, key):  # type: ignore[no-untyped-def]
     for i in range(words):
         total += product(key[i] + load64(base + SECRETS + 8 * i))
     hashed = scramble(total)
-    tag, bucket = tag_of(hashed), first_bucket(hashed, buckets)
+    tag, bucket = tag_of(hashed), first_bucket(base, hashed)
     for _ in range(2):
         tags = load64(base + TAGS + 8 * bucket)
         found = matching(tags, tag)
@@ -151,7 +167,7 @@ def find_words(base, buckets, words, key):  # type: ignore[no-untyped-def]
             found = without_lowest64(found)
         if elsewhere(tags, hashed) == 0:
             return 0
-        bucket = second_bucket(hashed, buckets)
+        bucket = second_bucket(base, hashed)
     return 0
 
 
@@ -175,10 +191,10 @@ def slot_of(base, buckets, words, bucket, tag, key):  # type: ignore[no-untyped-
 def find_at(base, buckets, words, key):  # type: ignore[no-untyped-def]
     """Where the key in memory at address `key` is: its bucket's number << 3 | its slot, -1 if it is not there."""
     hashed = hash_at(base, key, words)
-    bucket = first_bucket(hashed, buckets)
+    bucket = first_bucket(base, hashed)
     slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
     if slot < 0 and elsewhere(load64(base + TAGS + 8 * bucket), hashed) != 0:
-        bucket = second_bucket(hashed, buckets)
+        bucket = second_bucket(base, hashed)
         slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
     return bucket << 3 | slot if slot >= 0 else -1
 
@@ -190,32 +206,10 @@ def value_at(base, buckets, words, key, default):  # type: ignore[no-untyped-def
     return load64(entry_of(base, buckets, words, place >> 3, place & 7) + 8 * words) if place >= 0 else default
 
 
-def ask_second(base, buckets, hashes, second):  # type: ignore[no-untyped-def]
-    """Ask for the tags of the second bucket of those of 64 hashes whose bits are set in `second`."""
-    while second != 0:
-        hashed = load64(hashes + 8 * ctz64(second))
-        prefetch(base + TAGS + 8 * second_bucket(hashed, buckets))
-        second = without_lowest64(second)
-
-
 @kernel
 def search_on(base, buckets, words, keys, results, default, more):  # type: ignore[no-untyped-def]
-    """Look up those of 64 keys at `keys` whose bits are set in `more`: their results hold their hashes so far."""
-    left = more
-    while left != 0:
-        hashed = load64(results + 8 * ctz64(left))
-        bucket = second_bucket(hashed, buckets)
-        found = matching(load64(base + TAGS + 8 * bucket), tag_of(hashed))
-        prefetch(entry_of(base, buckets, words, bucket, (ctz64(found) >> 3) & 7))
-        left = without_lowest64(left)
+    """Look up, one by one, those of 64 keys at `keys` whose bits are set in `more`."""
     while more != 0:
         i = ctz64(more)
+        store64(results + 8 * i, value_at(base, buckets, words, keys + 8 * words * i, default))
         more = without_lowest64(more)
-        hashed, key = load64(results + 8 * i), keys + 8 * words * i
-        bucket = second_bucket(hashed, buckets)
-        slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
-        if slot < 0:  # it may still be in its first, behind another key of the same tag
-            bucket = first_bucket(hashed, buckets)
-            slot = slot_of(base, buckets, words, bucket, tag_of(hashed), key)
-        value = load64(entry_of(base, buckets, words, bucket, slot) + 8 * words) if slot >= 0 else default
-        store64(results + 8 * i, value)

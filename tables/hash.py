@@ -15,7 +15,18 @@ from libfp.errors import BadInput, Error, TableFull
 from libfp.jit import BOUNDSCHECK, constant, load64, native, store64, word
 from libfp.jit.primitive import MASK64, signed64
 from libfp.tables import hash_update as update
-from libfp.tables.buckets import SECRETS, SLOTS, find_word, find_words, search_on, table_size, value_at
+from libfp.tables.buckets import (
+    SECRETS,
+    SLOTS,
+    SPAN,
+    TAGS,
+    find_word,
+    find_words,
+    first_entry,
+    search_on,
+    table_size,
+    value_at,
+)
 from libfp.tables.hash_vector import lookup8, lookup64
 from libfp.tables.keys import codec
 from libfp.tables.table import Table, staged
@@ -23,6 +34,7 @@ from libfp.tables.words import Words
 
 _MOST = 1 << 28
 _LOAD = 0.9
+_LEAST = 64  # buckets to begin with, and up to twice as many
 
 
 def _lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
@@ -34,7 +46,7 @@ def _get_burst(self, keys, results, count, default):  # type: ignore[no-untyped-
     """`get` of `count` keys at `keys`, `words` int64 each, one key after another; the int64 values go to `results`.
 
     64 at a time, so that they wait for memory side by side: their hashes, the tags of their buckets, and then the
-    entries those name. Keys that are in their second bucket come last, one by one. The two must not overlap.
+    entries those name. Keys that are in their second bucket come last. The two must not overlap.
     """
     base, buckets, size = load64(self.cell), self.buckets, 8 * self.words
     whole = 0 if BOUNDSCHECK else count & ~7  # vectors are not checked
@@ -55,7 +67,7 @@ def _get_burst(self, keys, results, count, default):  # type: ignore[no-untyped-
 class HashView:
     """A `Hash` whose keys are one word (so `words` is 1), as compiled code sees it: a key is an int64.
 
-    `cell` is the address of a word that holds the arena's address.
+    `cell` is the address of a word that holds the arena's address; `buckets` is how many there is room for.
     """
 
     cell: word
@@ -109,7 +121,8 @@ class Hash(Table, MutableMapping[Any, Any]):
     order: an int64, or for keys of several words a tuple of int64.
 
     Memory is reserved for `capacity` at 0.9 full, 19 bytes an entry for keys of one word and 9 for each more, and
-    populated by use; the master takes 1 byte an entry more.
+    populated by use; the master takes 5 bytes an entry more. A table begins small. When it is 0.9 full it doubles, up
+    to `capacity`, two buckets with each new entry: never more than 200 words in a transaction, and nobody waits.
     Raises TableFull beyond `capacity`, BadInput for a key or value not of its type, KeyError as a dict does.
     """
 
@@ -120,20 +133,31 @@ class Hash(Table, MutableMapping[Any, Any]):
         self._key, self._value = codec(key), codec(value)
         if self._value.words != 1 or isinstance(value, tuple):
             raise BadInput(f"values of type {self._value.name}", "a value is one word: an integer, bool, ipv4 or mac")
-        self._buckets = max(2, int(capacity / (SLOTS * _LOAD)) + 1)
-        super().__init__(self._make())
+        wanted = int(capacity / (SLOTS * _LOAD)) + 1
+        doublings = max(0, (wanted // _LEAST).bit_length() - 1)
+        self._least = max(2, -(-wanted >> doublings))
+        self._buckets = self._least << doublings
+        super().__init__(self._make(0))
 
-    def _make(self) -> Words:
+    def _make(self, entries: int) -> Words:
+        """An empty table that has room for so many entries without growing."""
         size = table_size(self._buckets, self._key.words) // 8
-        words = Words(size, size)
+        words, span = Words(size, size), self._least
+        while entries > span * SLOTS * _LOAD and span < self._buckets:
+            span *= 2
         fields = words.fields
         fields[update.BUCKETS // 8] = self._buckets
         fields[update.WORDS // 8] = self._key.words
         fields[update.SCRATCH // 8] = words.extra(update.SCRATCH_BYTES)
-        fields[update.COUNTS // 8] = words.extra(8 * self._buckets)
+        fields[update.LINKS // 8] = words.extra(update.LINK_BYTES * self._buckets)
+        store64(words.arena.address + SPAN, span)
         for i in range(self._key.words):
             store64(words.arena.address + SECRETS + 8 * i, signed64(secrets.randbits(64)))
         return words
+
+    def _extents(self) -> list[tuple[int, int]]:
+        span, entries = load64(self._words.arena.address + SPAN), first_entry(self._buckets) // 8
+        return [(0, TAGS // 8 + span), (entries, entries + span * SLOTS * (self._key.words + 1))]
 
     def view_for(self, cell: int) -> HashView | WideHashView:
         """See `Table.view_for`."""
@@ -169,7 +193,7 @@ class Hash(Table, MutableMapping[Any, Any]):
             raise TableFull(f"{len(entries)} entries for a table of {self.capacity}", "make it with a larger capacity")
         with staged(entries) as arena:
             for _ in range(64):  # a seed that leads to no table is rare
-                words = self._make()
+                words = self._make(len(entries))
                 if update.fill(words.block, arena.address, len(entries)) == len(entries):
                     self.replace(words)
                     return

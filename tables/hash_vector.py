@@ -1,71 +1,41 @@
-"""Eight or 64 lookups at a time in `libfp.tables.hash`, by vector instructions: the first bucket of each key."""
+"""Eight or 64 lookups at a time in `libfp.tables.hash`, by vector instructions.
+
+All keys are taken through a step before any through the next, so that what they wait for arrives side by side. Those
+that may be in their second bucket, one in twelve, are listed, and their list is taken eight at a time too.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils
 
-from libfp.jit import ctz64, load64, shl64, store64
+from libfp.jit import store64
 from libfp.jit.primitive import I8, I64, declare, primitive
-from libfp.tables.buckets import (
-    HALF,
-    K2,
-    SECRETS,
-    SLOTS,
-    TAGS,
-    K,
-    ask_second,
-    elsewhere,
-    entry_of,
-    first_bucket,
-    hash_at,
-    matching,
-    tag_of,
-)
+from libfp.tables.buckets import EDGE, HALF, K2, K3, SECRETS, SLOTS, SPAN, TAGS, K, value_at
 from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
 
 _BYTES = ir.VectorType(I8, 8 * LANES)
 _SPREAD = ir.Constant(ir.VectorType(ir.IntType(32), 8 * LANES), [i & ~7 for i in range(8 * LANES)])
 _TRUTHS = ir.VectorType(ir.IntType(1), LANES)
-
 _SLOTS = 0x0080808080808080
 
+# Room on the stack, in words: 64 hashes and one for lanes that are not used; where those store; what is undecided; of
+# the keys that are listed the numbers, the places, the candidates.
+_NONE, _NOWHERE, _MORE, _LIST, _PLACES, _FOUND, _ROOM = 64, 65, 66, 72, 136, 200, 264
 
-def _keys(builder: Any, keys: Any, words: int) -> list[Any]:
-    """Eight keys: a vector for each of their words."""
-    if words > 2:
-        rows = builder.add(splat(builder, keys, WORDS), ir.Constant(WORDS, [8 * words * i for i in range(LANES)]))
-        return [gather(builder, WORDS, builder.add(rows, same(WORDS, 8 * i))) for i in range(words)]
-    both = [load(builder, builder.add(keys, ir.Constant(I64, 8 * LANES * i)), WORDS) for i in range(words)]
-    if words == 1:
-        return both
-    return [builder.shuffle_vector(*both, ir.Constant(HALVES, [2 * i + w for i in range(LANES)])) for w in range(2)]
+
+def _at(builder: Any, address: Any, words: int) -> Any:
+    return builder.add(address, ir.Constant(I64, 8 * words))
+
+
+def _word(builder: Any, address: Any) -> Any:
+    return splat(builder, builder.load(builder.inttoptr(address, I64.as_pointer())), WORDS)
 
 
 def _folded(builder: Any, value: Any) -> Any:
     return builder.xor(value, builder.lshr(value, same(WORDS, 32)))
-
-
-def _hash(builder: Any, key: list[Any], secrets: list[Any]) -> Any:
-    total = same(WORDS, 0)
-    for one, secret in zip(key, secrets, strict=True):
-        word = builder.add(one, secret)
-        halves = builder.and_(word, same(WORDS, HALF)), builder.lshr(word, same(WORDS, 32))
-        total = builder.add(total, builder.add(builder.mul(*halves), word))
-    mixed = builder.mul(_folded(builder, total), same(WORDS, K))
-    return _folded(builder, builder.mul(_folded(builder, mixed), same(WORDS, K2)))
-
-
-def _candidates(builder: Any, hashed: Any, tags: Any) -> Any:
-    """Bit 7 of each byte of the tags that equals the key's."""
-    least = builder.and_(hashed, same(WORDS, 0xFF))
-    tag = builder.select(builder.icmp_unsigned("<", least, same(WORDS, 2)), same(WORDS, 2), least)
-    spread = builder.bitcast(tag, _BYTES)
-    spread = builder.shuffle_vector(spread, spread, _SPREAD)
-    equal = builder.sext(builder.icmp_signed("==", spread, builder.bitcast(tags, _BYTES)), _BYTES)
-    return builder.and_(builder.bitcast(equal, WORDS), same(WORDS, _SLOTS))
 
 
 def _lowest(builder: Any, found: Any) -> Any:
@@ -74,112 +44,213 @@ def _lowest(builder: Any, found: Any) -> Any:
     return builder.and_(unary(builder, "ctpop", below), same(WORDS, 56))
 
 
+def _some(builder: Any, lanes: Any) -> Any:
+    return builder.icmp_signed("!=", lanes, same(WORDS, 0))
+
+
 def _any(builder: Any, lanes: Any) -> Any:
     """Whether any of eight words is not 0."""
-    some = mask(builder, builder.icmp_signed("!=", lanes, same(WORDS, 0)))
-    return builder.icmp_signed("!=", some, ir.Constant(I64, 0))
+    return builder.icmp_signed("!=", mask(builder, _some(builder, lanes)), ir.Constant(I64, 0))
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _lanes(builder: Any, vector: Any) -> list[Any]:
+    return [builder.extract_element(vector, ir.Constant(HALVES.element, lane)) for lane in range(LANES)]
+
+
+def _prefetch(builder: Any, addresses: Any) -> None:
     pointer, i32 = I8.as_pointer(), HALVES.element
     function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, i32, i32, i32)
-    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(i32, one) for one in (0, 3, 1))])
+    for one in _lanes(builder, addresses):
+        builder.call(function, [builder.inttoptr(one, pointer), *(ir.Constant(i32, hint) for hint in (0, 3, 1))])
 
 
-def _ask_second(context: Any, builder: Any, *arguments: Any) -> None:
-    found = context.compile_subroutine(builder, ask_second, types.void(*[types.int64] * len(arguments)))
-    callee = context.declare_function(builder.module, found.fndesc)
-    context.call_conv.call_function(builder, callee, types.void, [types.int64] * len(arguments), list(arguments))
+class _Table:
+    """The table in which all of a burst is looked up: what is the same for all keys."""
+
+    def __init__(self, builder: Any, base: Any, buckets: Any, words: int) -> None:
+        self.builder, self.words = builder, words
+        lines = builder.add(builder.shl(buckets, ir.Constant(I64, 3)), ir.Constant(I64, 63))
+        lines = builder.and_(lines, ir.Constant(I64, -64))
+        first = builder.add(base, ir.Constant(I64, TAGS))
+        self.tags, self.entries = splat(builder, first, WORDS), splat(builder, builder.add(first, lines), WORDS)
+        self.secrets = [_word(builder, builder.add(base, ir.Constant(I64, SECRETS + 8 * i))) for i in range(words)]
+        self.span, self.edge = (_word(builder, builder.add(base, ir.Constant(I64, one))) for one in (SPAN, EDGE))
+        self.span = builder.and_(self.span, same(WORDS, HALF))
+
+    def keys(self, at: Any) -> list[Any]:
+        """The eight keys at an address: a vector for each of their words."""
+        builder, words = self.builder, self.words
+        if words > 2:
+            rows = builder.add(splat(builder, at, WORDS), ir.Constant(WORDS, [8 * words * i for i in range(LANES)]))
+            return self.key(rows)
+        both = [load(builder, _at(builder, at, LANES * i), WORDS) for i in range(words)]
+        if words == 1:
+            return both
+        return [builder.shuffle_vector(*both, ir.Constant(HALVES, [2 * i + w for i in range(LANES)])) for w in range(2)]
+
+    def key(self, places: Any) -> list[Any]:
+        """The keys at eight addresses."""
+        builder = self.builder
+        return [gather(builder, WORDS, builder.add(places, same(WORDS, 8 * w))) for w in range(self.words)]
+
+    def hash(self, key: list[Any]) -> Any:
+        builder, total = self.builder, same(WORDS, 0)
+        for one, secret in zip(key, self.secrets, strict=True):
+            word = builder.add(one, secret)
+            halves = builder.and_(word, same(WORDS, HALF)), builder.lshr(word, same(WORDS, 32))
+            total = builder.add(total, builder.add(builder.mul(*halves), word))
+        mixed = builder.mul(_folded(builder, total), same(WORDS, K))
+        return _folded(builder, builder.mul(_folded(builder, mixed), same(WORDS, K2)))
+
+    def bucket(self, part: Any) -> Any:
+        builder = self.builder
+        number = builder.lshr(builder.mul(builder.lshr(part, same(WORDS, 32)), self.span), same(WORDS, 32))
+        halved = builder.icmp_unsigned("<", number, self.edge)
+        return builder.select(halved, builder.lshr(number, same(WORDS, 1)), number)
+
+    def tags_at(self, bucket: Any) -> Any:
+        return self.builder.add(self.tags, self.builder.shl(bucket, same(WORDS, 3)))
+
+    def candidates(self, hashed: Any, tags: Any) -> Any:
+        """Bit 7 of each byte of the tags that equals the key's."""
+        builder = self.builder
+        least = builder.and_(hashed, same(WORDS, 0xFF))
+        tag = builder.select(builder.icmp_unsigned("<", least, same(WORDS, 2)), same(WORDS, 2), least)
+        spread = builder.bitcast(tag, _BYTES)
+        spread = builder.shuffle_vector(spread, spread, _SPREAD)
+        equal = builder.sext(builder.icmp_signed("==", spread, builder.bitcast(tags, _BYTES)), _BYTES)
+        return builder.and_(builder.bitcast(equal, WORDS), same(WORDS, _SLOTS))
+
+    def places(self, bucket: Any, found: Any, tags_at: Any) -> Any:
+        """The address of the entry of the lowest candidate; where there is none, one that was read before."""
+        builder = self.builder
+        index = builder.add(builder.mul(bucket, same(WORDS, 8 * SLOTS)), _lowest(builder, found))
+        place = builder.add(self.entries, builder.mul(index, same(WORDS, self.words + 1)))
+        return builder.select(_some(builder, found), place, tags_at)
+
+    def compare(self, key: list[Any], places: Any, found: Any) -> tuple[Any, Any, Any]:
+        """Which lanes' candidates are the keys', their values, and which lanes have others: those are asked for."""
+        builder, different = self.builder, same(WORDS, 0)
+        for one, stored in zip(key, self.key(places), strict=True):
+            different = builder.or_(different, builder.xor(stored, one))
+        hit = builder.and_(_some(builder, found), builder.icmp_signed("==", different, same(WORDS, 0)))
+        value = gather(builder, WORDS, builder.add(places, same(WORDS, 8 * self.words)))
+        others = builder.and_(found, builder.sub(found, same(WORDS, 1)))
+        undecided = builder.and_(_some(builder, others), builder.not_(hit))
+        with builder.if_then(builder.icmp_signed("!=", mask(builder, undecided), ir.Constant(I64, 0))):
+            further = builder.sub(_lowest(builder, others), _lowest(builder, found))
+            further = builder.select(undecided, builder.mul(further, same(WORDS, self.words + 1)), same(WORDS, 0))
+            _prefetch(builder, builder.add(places, further))
+        return hit, value, undecided
 
 
 def _emitter(groups: int) -> Any:
-    """Emits the lookup of so many groups of eight, a step of all before the next: many loads are on their way."""
+    """Emits the lookup of so many groups of eight."""
 
     def emit(
         context: Any, builder: Any, base: Any, buckets: Any, words: Any, keys: Any, results: Any, default: Any
     ) -> Any:
         count = words.constant
-        at = [builder.add(keys, ir.Constant(I64, 8 * LANES * count * i)) for i in range(groups)]
-        secret_at = [builder.add(base, ir.Constant(I64, SECRETS + 8 * i)) for i in range(count)]
-        secrets = [splat(builder, builder.load(builder.inttoptr(one, I64.as_pointer())), WORDS) for one in secret_at]
-        many = builder.and_(splat(builder, buckets, WORDS), same(WORDS, HALF))
-        tags_at = splat(builder, builder.add(base, ir.Constant(I64, TAGS)), WORDS)
-        lines = builder.and_(
-            builder.add(builder.shl(buckets, ir.Constant(I64, 3)), ir.Constant(I64, 63)), ir.Constant(I64, -64)
-        )
-        entries = splat(builder, builder.add(builder.add(base, ir.Constant(I64, TAGS)), lines), WORDS)
-        hashes = [_hash(builder, _keys(builder, one, count), secrets) for one in at]
-        parts = [builder.mul(builder.lshr(one, same(WORDS, 32)), many) for one in hashes]
-        numbers = [builder.lshr(one, same(WORDS, 32)) for one in parts]
-        tags = [gather(builder, WORDS, builder.add(tags_at, builder.shl(one, same(WORDS, 3)))) for one in numbers]
-        places, found = [], []
-        for hashed, number, word in zip(hashes, numbers, tags, strict=True):
-            candidates = _candidates(builder, hashed, word)
-            index = builder.add(builder.mul(number, same(WORDS, 8 * SLOTS)), _lowest(builder, candidates))
-            found.append(candidates)
-            places.append(builder.add(entries, builder.mul(index, same(WORDS, count + 1))))
-        for place, candidates in zip(places, found, strict=True):
-            with builder.if_then(_any(builder, candidates)):
-                for lane in range(LANES):
-                    _prefetch(builder, builder.extract_element(place, ir.Constant(HALVES.element, lane)))
-        more, defaults, second = ir.Constant(I64, 0), splat(builder, default, WORDS), []
-        to = [builder.add(results, ir.Constant(I64, 8 * LANES * i)) for i in range(groups)]
-        asked = ir.Constant(I64, 0)
-        for i, (hashed, word) in enumerate(zip(hashes, tags, strict=True)):
-            shift = builder.add(builder.and_(builder.lshr(hashed, same(WORDS, 8)), same(WORDS, 7)), same(WORDS, 56))
-            second.append(builder.trunc(builder.lshr(word, shift), _TRUTHS))
-            store(builder, to[i], builder.select(second[i], hashed, defaults))
-            asked = builder.or_(asked, builder.shl(mask(builder, second[i]), ir.Constant(I64, LANES * i)))
-        _ask_second(context, builder, base, buckets, results, asked)
+        table = _Table(builder, base, buckets, count)
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(I64, _ROOM))
+            room.align = 64
+        room = builder.ptrtoint(room, I64)
+        at = [_at(builder, keys, LANES * count * i) for i in range(groups)]
+        to = [_at(builder, results, LANES * i) for i in range(groups)]
+
+        def word(index: Any, field: int) -> Any:
+            return builder.add(_at(builder, room, field), builder.shl(index, ir.Constant(I64, 3)))
+
+        def row(index: Any, field: int) -> Any:
+            return word(builder.shl(index, ir.Constant(I64, 3)), field)
+
+        hashes = [table.hash(table.keys(one)) for one in at]
+        numbers = [table.bucket(one) for one in hashes]
+        tags_at = [table.tags_at(one) for one in numbers]
+        tags = [gather(builder, WORDS, one) for one in tags_at]
+        found = [table.candidates(*one) for one in zip(hashes, tags, strict=True)]
+        places = [table.places(*one) for one in zip(numbers, found, tags_at, strict=True)]
+        second, defaults = ir.Constant(I64, 0), splat(builder, default, WORDS)
         for i in range(groups):
-            before, left = builder.block, mask(builder, second[i])
             with builder.if_then(_any(builder, found[i])):
-                different = same(WORDS, 0)
-                for w, key in enumerate(_keys(builder, at[i], count)):
-                    stored = gather(builder, WORDS, builder.add(places[i], same(WORDS, 8 * w)))
-                    different = builder.or_(different, builder.xor(stored, key))
-                there = builder.icmp_signed("!=", found[i], same(WORDS, 0))
-                hit = builder.and_(there, builder.icmp_signed("==", different, same(WORDS, 0)))
-                value = gather(builder, WORDS, builder.add(places[i], same(WORDS, 8 * count)))
-                others = builder.and_(found[i], builder.sub(found[i], same(WORDS, 1)))
-                open_ = builder.or_(second[i], builder.icmp_signed("!=", others, same(WORDS, 0)))
-                open_ = builder.and_(open_, builder.not_(hit))
-                store(builder, to[i], builder.select(hit, value, builder.select(open_, hashes[i], defaults)))
-                left_now, inside = mask(builder, open_), builder.block
-            after = builder.phi(I64)
-            after.add_incoming(left, before)
-            after.add_incoming(left_now, inside)
-            more = builder.or_(more, builder.shl(after, ir.Constant(I64, LANES * i)))
-        return more
+                _prefetch(builder, places[i])
+            shift = builder.add(builder.and_(builder.lshr(hashes[i], same(WORDS, 8)), same(WORDS, 7)), same(WORDS, 56))
+            there = mask(builder, builder.trunc(builder.lshr(tags[i], shift), _TRUTHS))
+            second = builder.or_(second, builder.shl(there, ir.Constant(I64, LANES * i)))
+            store(builder, _at(builder, room, LANES * i), hashes[i])
+            store(builder, to[i], defaults)
+
+        many = builder.call(declare(builder, "llvm.ctpop.i64", I64, I64), [second])
+        rows = builder.lshr(builder.add(many, ir.Constant(I64, LANES - 1)), ir.Constant(I64, 3))
+        left = cgutils.alloca_once_value(builder, second)
+        more_at = builder.inttoptr(_at(builder, room, _MORE), I64.as_pointer())
+        builder.store(ir.Constant(I64, 0), more_at)
+        builder.store(ir.Constant(I64, 0), builder.inttoptr(_at(builder, room, _NONE), I64.as_pointer()))
+
+        def seconds(which: Any) -> tuple[Any, Any, Any]:
+            """Of a row of the list: their hashes, buckets, and where the tags are."""
+            hash_at = builder.add(splat(builder, room, WORDS), builder.shl(which, same(WORDS, 3)))
+            hashed = gather(builder, WORDS, hash_at)
+            bucket = table.bucket(builder.mul(hashed, same(WORDS, K3)))
+            return hashed, bucket, table.tags_at(bucket)
+
+        with cgutils.for_range(builder, rows) as loop:  # no branch depends on the bits but that
+            bits, which = builder.load(left), ir.Constant(WORDS, ir.Undefined)
+            for lane in range(LANES):
+                number = builder.cttz(bits, ir.Constant(ir.IntType(1), 0))
+                which = builder.insert_element(which, number, ir.Constant(HALVES.element, lane))
+                bits = builder.and_(bits, builder.sub(bits, ir.Constant(I64, 1)))
+            builder.store(bits, left)
+            store(builder, row(loop.index, _LIST), which)
+            _prefetch(builder, seconds(which)[2])
+        for i in range(groups):
+            with builder.if_then(_any(builder, found[i])):
+                hit, value, undecided = table.compare(table.keys(at[i]), places[i], found[i])
+                store(builder, to[i], builder.select(hit, value, defaults))
+                bits = builder.shl(mask(builder, undecided), ir.Constant(I64, LANES * i))
+                builder.store(builder.or_(builder.load(more_at), bits), more_at)
+        with cgutils.for_range(builder, rows) as loop:
+            which = load(builder, row(loop.index, _LIST), WORDS)
+            hashed, bucket, where = seconds(which)
+            candidates = table.candidates(hashed, gather(builder, WORDS, where))
+            used = builder.icmp_unsigned("<", which, same(WORDS, 64))
+            candidates = builder.select(used, candidates, same(WORDS, 0))
+            place = table.places(bucket, candidates, where)
+            _prefetch(builder, place)
+            store(builder, row(loop.index, _PLACES), place)
+            store(builder, row(loop.index, _FOUND), candidates)
+        with cgutils.for_range(builder, rows) as loop:
+            candidates = load(builder, row(loop.index, _FOUND), WORDS)
+            with builder.if_then(_any(builder, candidates)):
+                which = builder.and_(load(builder, row(loop.index, _LIST), WORDS), same(WORDS, 63))
+                key = builder.add(splat(builder, keys, WORDS), builder.mul(which, same(WORDS, 8 * count)))
+                place = load(builder, row(loop.index, _PLACES), WORDS)
+                hit, value, undecided = table.compare(table.key(key), place, candidates)
+                target = builder.add(splat(builder, results, WORDS), builder.shl(which, same(WORDS, 3)))
+                target = builder.select(hit, target, splat(builder, _at(builder, room, _NOWHERE), WORDS))
+                for one, stored in zip(_lanes(builder, target), _lanes(builder, value), strict=True):
+                    builder.store(stored, builder.inttoptr(one, I64.as_pointer()))
+                bits = builder.select(undecided, builder.shl(same(WORDS, 1), which), same(WORDS, 0))
+                reduce = declare(builder, f"llvm.vector.reduce.or.v{LANES}i64", I64, WORDS)
+                builder.store(builder.or_(builder.load(more_at), builder.call(reduce, [bits])), more_at)
+        return builder.load(more_at)
 
     return emit
 
 
 def _plain(base: int, buckets: int, words: int, keys: int, results: int, default: int, count: int) -> int:
-    more = 0
     for i in range(count):
-        key = keys + 8 * words * i
-        hashed = hash_at(base, key, words)
-        bucket = first_bucket(hashed, buckets)
-        tags = load64(base + TAGS + 8 * bucket)
-        found = matching(tags, tag_of(hashed))
-        entry = entry_of(base, buckets, words, bucket, ctz64(found) >> 3 if found else 0)
-        if found and all(load64(entry + 8 * w) == load64(key + 8 * w) for w in range(words)):
-            store64(results + 8 * i, load64(entry + 8 * words))
-        elif found & (found - 1) or elsewhere(tags, hashed):
-            store64(results + 8 * i, hashed)
-            more |= shl64(1, i)
-        else:
-            store64(results + 8 * i, default)
-    return more
+        store64(results + 8 * i, value_at(base, buckets, words, keys + 8 * words * i, default))
+    return 0
 
 
 @primitive(_emitter(1))
 def lookup8(base: int, buckets: int, words: int, keys: int, results: int, default: int) -> int:
     """Look up the 8 keys at `keys` in the table at `base`: the values, or `default`, go to `results`.
 
-    Bit i of what is returned says that the i-th needs its second bucket, or its first again: its result is its hash.
-    `words` is a number the compiler sees.
+    Bit i of what is returned says that the i-th is not decided: another key's tag is as its own. `words` is a number
+    the compiler sees.
     """
     return _plain(base, buckets, words, keys, results, default, 8)
 

@@ -141,7 +141,11 @@ class Table:
 
     def copy_words(self) -> Arena:
         """A fresh arena with the table's words as they are now: a replica. Call with the lock held."""
-        return self._words.copy()
+        return self._words.copy(self._extents())
+
+    def _extents(self) -> list[tuple[int, int]]:
+        """The words in use: from, to."""
+        return [(0, self._words.used)]
 
     # A table is a thing and not a value, though it is a mapping: two are equal if they are the same.
     def __eq__(self, other: object) -> bool:
@@ -153,7 +157,7 @@ class Table:
     @property
     def replica_bytes(self) -> int:
         """Bytes of a replica that are in use: what a worker's lookups range over."""
-        return 8 * self._words.used
+        return 8 * sum(end - begin for begin, end in self._extents())
 
 
 @contextmanager

@@ -11,6 +11,8 @@ Offsets count 64-bit words from the arena's beginning. Offset 0 is never a block
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from libfp.jit import Arena, kernel, load32, load64, store32, store64
 from libfp.jit.memory import HUGE_PAGE, PAGE
 
@@ -202,17 +204,18 @@ class Words:
         """What changes up to `version` freed may be used again."""
         self._set(SAFE, version)
 
-    def copy(self) -> Arena:
-        """A fresh arena with the same words. Pages of zeros are left alone, so that they stay unpopulated."""
+    def copy(self, extents: Iterable[tuple[int, int]]) -> Arena:
+        """A fresh arena with the same words from and to these. Pages of zeros stay unpopulated."""
         arena = _arena(self.size)
-        source, target = self.arena.words[: self.used], arena.words[: self.used]
-        for at in range(0, self.used, _CHUNK):
-            part = source[at : at + _CHUNK]
-            whole = len(part) // _PAGE_WORDS * _PAGE_WORDS
-            pages = part[:whole].reshape(-1, _PAGE_WORDS)
-            used = pages.any(axis=1)
-            target[at : at + whole].reshape(-1, _PAGE_WORDS)[used] = pages[used]
-            target[at + whole : at + len(part)] = part[whole:]
+        for begin, end in extents:
+            source, target = self.arena.words[:end], arena.words[:end]
+            for at in range(begin, end, _CHUNK):
+                part = source[at : at + _CHUNK]
+                whole = len(part) // _PAGE_WORDS * _PAGE_WORDS
+                pages = part[:whole].reshape(-1, _PAGE_WORDS)
+                used = pages.any(axis=1)
+                target[at : at + whole].reshape(-1, _PAGE_WORDS)[used] = pages[used]
+                target[at + whole : at + len(part)] = part[whole:]
         return arena
 
     def close(self) -> None:
@@ -223,4 +226,4 @@ class Words:
 
 
 def _arena(size: int) -> Arena:
-    return Arena(8 * size, huge=8 * size >= HUGE_PAGE)
+    return Arena(8 * size, huge=8 * size >= HUGE_PAGE // 2)

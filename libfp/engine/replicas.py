@@ -149,6 +149,11 @@ class Replicas:
                 _drain_all(self._ring.view)
             return self._settle()
 
+    @property
+    def waiting(self) -> int:
+        """Elements of the mailbox that the worker is still to take: who changes much at once may wait for it here."""
+        return len(self._ring)
+
     def acknowledged(self) -> bool:
         """Whether the worker has applied everything committed so far."""
         with self._lock:

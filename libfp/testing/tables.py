@@ -143,4 +143,5 @@ def catch_up(replicas: Replicas) -> None:
 def same_words(replicas: Replicas, table: Table) -> bool:
     """Whether a replica holds the very words of its master. Both must rest."""
     master, copy = (load64(one.cell) for one in (table.view(), replicas.view(table)))
-    return view(master, table.replica_bytes) == view(copy, table.replica_bytes)
+    size = 8 * table._words.used
+    return view(master, size) == view(copy, size)

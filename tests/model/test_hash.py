@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ def _lookup_burst(view, keys, results, count):  # type: ignore[no-untyped-def]
 @kernel
 def _get(view, key, default):  # type: ignore[no-untyped-def]
     return view.get(key, default)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Tables begin with two buckets, or three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("libfp.tables.hash._LEAST", 2)
+        yield
 
 
 def made(words: int, capacity: int) -> Hash:

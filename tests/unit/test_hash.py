@@ -164,6 +164,18 @@ def test_a_table_without_a_place_for_a_key_gets_another_hash_function():
         assert sorted(table.values()) == list(range(12))
 
 
+def test_a_table_takes_the_memory_of_what_is_in_it():
+    table = Hash(key="u64", capacity=16_000_000)
+    assert table.replica_bytes < 16 << 10
+    count = 300 if INTERPRETED else 3000
+    for k in range(count):
+        table[k] = k
+    assert table.replica_bytes < 64 * count
+    table.load(range(count // 2), range(count // 2))
+    assert table.replica_bytes < 64 * count
+    assert dict(table) == {k: k for k in range(count // 2)}
+
+
 def test_load_replaces_everything_and_the_last_of_equals_counts():
     table = Hash(key="u32", value="u8", capacity=4)
     table[9] = 9
