@@ -209,6 +209,8 @@ class State:
         rib, by_link = self.ribs[bits], self.addresses if bits == 32 else self.addresses6
         mine = by_link.setdefault(address.link, set())
         self.bulk.links_changed()
+        if bits == 128:  # there is one with a link's local address, whatever its peer and its prefix become
+            mine -= {other for other in mine if other.local == address.local}
         if new:
             mine.add(address)
             if bits == 32 and address.link in self.links and self.links[address.link].up:
