@@ -226,6 +226,8 @@ class Linux:
             self._follow_local(local)
         for index in changes.links & self._indexes.keys():
             self._follow_link(state, index)
+        if changes.links:
+            self._marks.retry()
         if changes.policy and not self.bypass:
             self._look_for_conflicts()
         if changes.netconf or changes.links or changes.policy:
