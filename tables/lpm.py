@@ -15,6 +15,7 @@ from libfp.tables.words import Words
 
 _MASK = np.uint64((1 << 64) - 1)
 _AT_ONCE = 1 << 16  # changes that `apply` makes before it hands them over, if their words are few
+_MANY = 1 << 12  # of so many the words are not: replicas are better off with one fresh copy
 
 
 class Lpm(Table, MutableMapping[Any, int]):
@@ -83,12 +84,16 @@ class Lpm(Table, MutableMapping[Any, int]):
         given = self._array(addresses, lengths, values, 0)
         with self.lock, staged(given) as arena:
             done = 0
-            while done < len(given):
-                until = min(len(given), done + _AT_ONCE)
-                done = self._update.apply(self._words.block, arena.address, done, until)
-                stopped = self._words.fields[rib.STOPPED // 8]
-                self._hand_over()
-                self._settle(stopped)
+            try:
+                while done < len(given):
+                    self._words.log_changes(bool(self._subscribers) and len(given) < _MANY)
+                    until = min(len(given), done + _AT_ONCE)
+                    done = self._update.apply(self._words.block, arena.address, done, until)
+                    stopped = self._words.fields[rib.STOPPED // 8]
+                    self._hand_over()
+                    self._settle(stopped)
+            finally:
+                self._words.log_changes(bool(self._subscribers))
 
     def load(self, addresses: Any, lengths: Any, values: Any) -> None:
         """Let the table hold exactly these routes: arrays of addresses, lengths and values.

@@ -31,8 +31,8 @@ class Subscriber(Protocol):
     def mark(self) -> int:
         """A mark behind everything delivered so far."""
 
-    def passed(self, mark: int) -> bool:
-        """Whether the worker has acknowledged everything delivered before `mark`."""
+    def passed(self, table: Table, mark: int) -> bool:
+        """Whether the worker has acknowledged everything of `table` delivered before `mark`."""
 
 
 class Table:
@@ -105,7 +105,7 @@ class Table:
             if self._marks is None:
                 self._marks = [(one, one.mark()) for one in self._subscribers]
                 self._marked = words.version
-            if not all(one.passed(mark) for one, mark in self._marks):
+            if not all(one.passed(self, mark) for one, mark in self._marks):
                 return
             words.acknowledged(self._marked)
             self._marks = None

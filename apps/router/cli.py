@@ -84,7 +84,7 @@ class _Router(click.Command):
 @click.option("--name", metavar="NAME", help="What `fp stats` calls this instance.  [router-PID]")
 @click.option("--log", type=click.Choice(LEVELS), help="What is logged.  [what fp -v says]")
 @click.option("--config", metavar="FILE", help="Read options from a TOML file; SIGHUP reads it again.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: one when ready, one at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: forwarding, ready (all routes), end.")
 @click.option("--pcap", metavar="FILE", help="Instead of interfaces: forward what this capture holds.")
 @click.option("--routes", metavar="FILE", help="With --pcap: the routes, one a line, as `ip route` writes them.")
 @click.option("--out", metavar="FILE", help="With --pcap: write what leaves, as pcap, or pcapng by that name.")
@@ -140,7 +140,7 @@ def _route(settings: SimpleNamespace, interrupts: _Interrupts, service: Service)
 
     say("reading Linux's links, addresses, neighbours and routes")
     chosen = {name: getattr(settings, name) for name in ("only", "mode", "bypass", "capacity")}
-    with Linux(*settings.interfaces, progress=progress, **chosen) as linux:
+    with Linux(*settings.interfaces, progress=progress, wait=False, **chosen) as linux:
         interrupts.check()
         settings.linux = linux
         pipeline = Pipeline(parse, forward(linux))
@@ -150,7 +150,8 @@ def _route(settings: SimpleNamespace, interrupts: _Interrupts, service: Service)
         with pipeline.start(linux.ports, settings.cores, name=name, **options) as app:
             interrupts.check()
             app.control.add("verify", handler(linux.mirror))
-            service.run(app, say.ready(app, linux))
+            linux.wait_forwarding()
+            service.run(app, say.forwarding(app, linux), lambda: linux.synced, lambda: say.ready(app, linux))
             say.end(app)
 
 
@@ -208,13 +209,17 @@ class _Interrupts:
             raise KeyboardInterrupt
 
 
+def _routes(linux: Any) -> int:
+    return len(linux.routes.fib) + len(linux.routes.fib6)
+
+
 class _Said:
     """What the command tells its user: lines on standard error for people, JSON lines on standard output."""
 
     def __init__(self, as_json: bool) -> None:
         self._json = as_json
         self._live = sys.stderr.isatty()
-        self._told, self._shown = 0, 0.0
+        self._told, self._shown, self._complete = 0, 0.0, True
 
     def __call__(self, text: str) -> None:
         if self._shown:  # a line that the progress is on
@@ -238,7 +243,7 @@ class _Said:
             return
         if done < self._told:  # read, and now written
             self._told = 0
-        if done - self._told >= max(SAY_EVERY, total // 4) or (total > SAY_EVERY and done >= total):
+        if done - self._told >= max(SAY_EVERY, total // 4) and done != total:
             self._told = done
             self(text)
 
@@ -247,15 +252,24 @@ class _Said:
             click.echo(json.dumps({"event": event, **fields}))
             sys.stdout.flush()
 
-    def ready(self, app: Any, linux: Any) -> str:
-        """Say what is forwarded, and return it in short."""
-        ports, routes = ", ".join(port.name for port in app.ports), len(linux.routes.fib)
-        where = f"{ports} on core{'s' if len(app.cores) > 1 else ''} {', '.join(map(str, app.cores))}"
+    def forwarding(self, app: Any, linux: Any) -> str:
+        """Say what is forwarded, from the first route on, and return it in short."""
+        self._complete, routes = linux.synced, _routes(linux)
+        where = ", ".join(port.name for port in app.ports)
+        where += f" on core{'s' if len(app.cores) > 1 else ''} {', '.join(map(str, app.cores))}"
         how = f"{'zero-copy' if app.zero_copy else 'copy mode'}, kick: {app.kick}"
-        self(f"forwarding between {where} ({how}, {routes} routes); fp stats {app.name}")
+        yet = "" if self._complete else " yet, the rest via Linux"
+        self(f"forwarding between {where} ({how}, {routes:,} routes{yet}); fp stats {app.name}")
+        self._line("forwarding", name=app.name, routes=routes)
+        return f"forwarding between {where}"
+
+    def ready(self, app: Any, linux: Any) -> None:
+        """Say that the tables are complete."""
+        routes = _routes(linux)
+        if not self._complete:
+            self(f"all {routes:,} routes are in the tables")
         fields = {"cores": app.cores, "kick": app.kick, "zero_copy": app.zero_copy, "routes": routes}
         self._line("ready", name=app.name, ports=[port.name for port in app.ports], **fields)
-        return f"forwarding between {where}"
 
     def end(self, app: Any) -> None:
         counters = app.counters

@@ -13,6 +13,7 @@ from typing import Any, Self
 log = logging.getLogger("libfp.router")
 
 LOOK = 0.5  # seconds between looks at what has been asked for
+SYNC_LOOK = 0.02  # at whether all routes are in the tables by now
 STATUS_EVERY, PROGRESS_EVERY = 5.0, 1.0
 SYNC_PATIENCE = 60  # seconds that a start which makes progress may take longer
 
@@ -60,6 +61,7 @@ class Service:
         self._hung_up = False
         self._before: Any = None
         self._told = 0.0
+        self._running = False
 
     def __enter__(self) -> Self:
         if self._hup:
@@ -77,26 +79,41 @@ class Service:
         """Tell the manager how far the start is, and that it may take its time."""
         if time.monotonic() > self._told + PROGRESS_EVERY:
             self._told = time.monotonic()
-            of = f" of {total}" if total else ""
-            longer = f"EXTEND_TIMEOUT_USEC={SYNC_PATIENCE * 1_000_000}"
-            notify(f"STATUS=reading Linux's {what}: {done}{of}", longer, patience=0.0)
+            status = f"{done} of {total} {what} are in the tables" if total else f"reading Linux's {what}: {done}"
+            longer = [f"EXTEND_TIMEOUT_USEC={SYNC_PATIENCE * 1_000_000}"] * (not self._running)
+            notify(f"STATUS={status}", *longer, patience=0.0)
 
-    def run(self, app: Any, status: str) -> None:
-        """Until the application ends, or the process has been asked to. Raises what `app.wait` raises."""
+    def run(
+        self,
+        app: Any,
+        status: str,
+        synced: Callable[[], bool] = lambda: True,
+        when_synced: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Until the application ends, or the process has been asked to. Raises what `app.wait` raises.
+
+        The manager is told at once that we are ready: packets are forwarded. `when_synced` is called once `synced` says
+        that all routes are in the tables.
+        """
+        self._running = True
         notify("READY=1", f"STATUS={status}", f"MAINPID={os.getpid()}")
         try:
-            self._run(app, status)
+            self._run(app, status, synced, when_synced)
         except KeyboardInterrupt:
             log.info("interrupted: leaving the traffic to Linux")
         finally:
             notify("STOPPING=1")
 
-    def _run(self, app: Any, status: str) -> None:
+    def _run(self, app: Any, status: str, synced: Callable[[], bool], when_synced: Callable[[], None]) -> None:
         patience = watchdog()
         interval = min(LOOK, patience / 3) if patience else LOOK
         beats, told = [worker.heartbeat for worker in app.workers], 0.0
+        complete = False
         while not self._asked() and not app.ended:
-            app.wait(interval)
+            if not complete and synced():
+                complete = True
+                when_synced()
+            app.wait(interval if complete else SYNC_LOOK)
             if self._hung_up:
                 self._hung_up = False
                 notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")

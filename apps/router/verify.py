@@ -45,4 +45,5 @@ def report(found: dict[str, Any]) -> list[str]:
         return [*lines, "no difference"]
     lines += [f"  {example}" for example in found["examples"]]
     more = found["differences"] - len(found["examples"])
-    return [*lines, *([f"  and {more:,} more"] if more > 0 else []), f"{found['differences']:,} differences"]
+    count = f"{found['differences']:,} difference{'s' * (found['differences'] != 1)}"
+    return [*lines, *([f"  and {more:,} more"] if more > 0 else []), count]

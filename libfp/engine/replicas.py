@@ -5,9 +5,10 @@ ring of (address, value) pairs, brings what all the tables log, in the order in 
 before the route that leads to it. Between two bursts the worker stores what the mailbox says, whole transactions up
 to a budget; that is all it ever does about an update. What it has consumed it has acknowledged.
 
-When the mailbox is full, the log is dropped and all of the worker's replicas are stale. As soon as there is room,
-all of them are copied afresh and handed over together, in one transaction that stores the new arenas' addresses into
-the cells; so order between the tables holds there too. Until then the worker uses the tables as they were.
+When the mailbox is full, the log is dropped and the replica is stale, and so are those of all tables that change from
+then on. As soon as there is room, these are copied afresh and handed over together, in one transaction that stores the
+new arenas' addresses into the cells; so order between the tables holds there too. Until then the worker uses the tables
+as they were.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Replicas:
         self.tables: list[Table] = [table for table in given if not isinstance(table, PerWorker)]
         assert len(self.tables) < min(mailbox, BUDGET), "a fresh copy of every table is one transaction"
         self.running = False
-        #: How often the replicas were copied afresh because the worker could not keep up, or after a bulk load.
+        #: How often replicas were copied afresh because the worker could not keep up, or after a bulk load.
         self.copies = 0
         self._ring = Spsc(mailbox, element=16)
         self._cells = Arena(8 * max(len(self.tables), 1))
@@ -94,7 +95,7 @@ class Replicas:
         self._arenas: dict[int, Arena] = {}
         self._retired: list[Arena] = []
         self._retired_at = 0
-        self._stale = False
+        self._stale: set[int] = set()  # the ids of tables
         self._lock = threading.Lock()
         _deliver(self._ring.view, 0, 0, 0)  # compiles now, not when the first change is to be delivered
         with self._all_tables():
@@ -178,20 +179,21 @@ class Replicas:
         with self._lock:
             if not self._stale and _deliver(self._ring.view, log, count, self._arenas[id(table)].address):
                 return
-            self._stale = True
+            self._stale.add(id(table))
             self._settle()
 
     def refresh(self, table: Table) -> None:
         with self._lock:
-            self._stale = True
+            self._stale.add(id(table))
             self._settle()
 
     def mark(self) -> int:
         return self._ring.view.written()
 
-    def passed(self, mark: int) -> bool:
-        # What a stale worker is still to apply goes to arenas that nothing else is stored to; its next are new.
-        return not self.running or self._stale or bool(self._ring.view.passed(mark))
+    def passed(self, table: Table, mark: int) -> bool:
+        # What is still to be applied to a stale replica goes to an arena that nothing else is stored to; the next is
+        # new.
+        return not self.running or id(table) in self._stale or bool(self._ring.view.passed(mark))
 
     def _settle(self) -> bool:
         """`flush`, with the lock held."""
@@ -201,28 +203,29 @@ class Replicas:
             self._retired.clear()
         if self._stale and not self._retired:
             with ExitStack() as stack:
-                for table in self.tables:
+                stale = [table for table in self.tables if id(table) in self._stale]
+                for table in stale:
                     if not table.lock.acquire(blocking=False):
                         return False
                     stack.callback(table.lock.release)
-                self._hand_over()
+                self._hand_over(stale)
         return not self._stale
 
-    def _hand_over(self) -> None:
-        """Copy all tables afresh and post the new arenas' addresses. All locks are held."""
-        mailbox, count = self._ring.view, len(self.tables)
+    def _hand_over(self, stale: list[Table]) -> None:
+        """Copy these tables, all that are stale, and post the new arenas' addresses. Their locks are held."""
+        mailbox, count = self._ring.view, len(stale)
         if mailbox.reserve(count + 1) < count + 1:
             return
-        self._retired = list(self._arenas.values())
+        self._retired = [self._arenas[id(table)] for table in stale]
         store64(mailbox.slot(0), _BEGIN)
         store64(mailbox.slot(0) + 8, count)
-        for i, table in enumerate(self.tables):
+        for i, table in enumerate(stale):
             arena = self._arenas[id(table)] = table.copy_words()
             store64(mailbox.slot(i + 1), self._cell[id(table)])
             store64(mailbox.slot(i + 1) + 8, arena.address)
         mailbox.commit(count + 1)
         self._retired_at = mailbox.written()
-        self._stale = False
+        self._stale.clear()
         self.copies += 1
 
     def _fresh(self) -> None:
@@ -235,7 +238,7 @@ class Replicas:
         for table in self.tables:
             arena = self._arenas[id(table)] = table.copy_words()
             store64(self._cell[id(table)], arena.address)
-        self._stale = False
+        self._stale.clear()
 
     def _all_tables(self) -> ExitStack:
         """The locks of all tables, always taken in one order."""

@@ -166,6 +166,8 @@ class StatsReader:
         self.name, self.pid = name, pid
         fd = os.open(path, os.O_RDONLY)
         try:
+            if os.fstat(fd).st_size == 0:
+                raise NoSuchInstance(f"instance {name!r} is just starting", "look again")
             self._page = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         finally:
             os.close(fd)

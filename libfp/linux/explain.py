@@ -21,7 +21,8 @@ def explain(routes: Routes, mirror: Mirror, next_hop: int, packet: bytes) -> str
         return ""
     found = routes.match(packet)
     if found is None:
-        return f"no route to {headers.address(headers.dst)}"
+        yet = "" if routes.complete else " in the tables yet"
+        return f"no route to {headers.address(headers.dst)}{yet}"
     prefix, index = found
     actions = routes.next_hops.actions
     action = actions.get(index)

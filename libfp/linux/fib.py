@@ -5,27 +5,33 @@ Punt("no-neighbour"): Linux resolves. Each usable neighbour that it covers has a
 its MAC address, as long as no longer prefix of the kernel's covers that neighbour.
 
 What is decided is decided once for each list of routes that prefixes have, of which there are few.
+
+Many prefixes are written in steps, and packets pass between two of them. Each step takes the longest of those that are
+left. So when a prefix is written, every longer one of the kernel's is in the table already, and another of its own
+length holds other addresses. Hence in a table that was empty at first, what an address finds is its longest match, as
+it is in the complete one. What finds nothing is Linux's until nothing is left (`Publisher.complete`). A prefix that
+changes meanwhile goes where its length has it: if it is a short one, behind all longer ones that are still to come. Of
+a table that was not empty, an address finds what was right before, or is right after, or an entry between the two.
 """
 
 from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 
 import numpy as np
 
 from libfp.errors import TableFull
 from libfp.linux.decide import NO_NEIGHBOUR, Direct, Target, action, is_covered, on_link, target
-from libfp.linux.prefixes import PrefixMap, prefixes, unique
+from libfp.linux.prefixes import PrefixMap, prefixes
 from libfp.linux.publish import Key, Publisher
 from libfp.linux.rtnetlink import Prefix
 from libfp.linux.state import Changes, State
 from libfp.stages.routes import Routes
 
-CHUNK = 1 << 14  # prefixes written together
-Progress = Callable[[int, int], None]
+CHUNK = 1 << 14  # prefixes of a family that the first step writes; each may write twice as many as the one before,
+LARGEST = 4  # up to so many times as many: a large step is cheaper, but nothing is heard meanwhile
 Wrong = tuple[Prefix, Key | None, Key | None]
 
 
@@ -38,27 +44,74 @@ class Fib:
         this = weakref.proxy(self)  # no cycle: the parts hold large maps, which go when this goes
         self.publisher = Publisher(routes, lambda via: action(via, this.state, ports))
         self._families = [_Family(this, bits) for bits in self.publisher.families]
+        self.done, self._chunk = 0, CHUNK  # prefixes looked at since there was nothing to do; at most in the next step
+        self._links, self._neighbours = set[int](), set[tuple[int, bytes]]()  # whose next hops are to be looked at
+        self._full = self._stuck = False  # something did not fit; it was a next hop, without which there is no going on
 
-    def update(self, state: State, changes: Changes, progress: Progress | None = None) -> None:
-        """Act on `changes`, which led from the state last acted on to `state`.
-
-        `progress` is called with (prefixes done, prefixes to do) every few thousand. Raises TableFull; what is left
-        undone then is tried again with the next update.
-        """
-        self.state = state
-        full = None
+    def begin(self, state: State, changes: Changes) -> None:
+        """Look again, in the steps that follow, at what `changes` concern; they led to `state` from the one before."""
+        if not self.busy:
+            self.done, self._chunk = 0, CHUNK
+        self.state, self._stuck = state, False
         for family in self._families:
-            try:
-                family.update(changes, progress)
-            except TableFull as error:
-                full = error
-        if full is not None:
-            raise full
-        publisher = self.publisher
-        for link in changes.links:
+            family.begin(changes)
+        self._links |= changes.links
+        self._neighbours |= changes.neighbours
+
+    def step(self) -> None:
+        """Write a part of what is left; at least one after each `begin`, and more while `busy`.
+
+        Raises TableFull. It may be followed by more steps: what does not fit yet may fit after what is to go. What
+        does not fit at last is tried again after the next `begin`.
+        """
+        publisher, left = self.publisher, self.left
+        try:
+            for family in self._families:
+                family.step(self._chunk)
+        except TableFull:
+            self._stuck = True
+            raise
+        finally:
+            self.done += left - self.left
+            self._chunk = min(2 * self._chunk, LARGEST * CHUNK)
+        if not self._full or not self.left:
+            self._full = True
+            publisher.flush()
+            self._full = False
+        for link in self._links:
             publisher.refresh(publisher.through(link))
-        for link, neighbour in changes.neighbours:
+        for link, neighbour in self._neighbours:
             publisher.refresh(publisher.through(link, neighbour))
+        self._links, self._neighbours = set(), set()
+        if not self.left:
+            publisher.complete()
+
+    def update(self, state: State, changes: Changes) -> None:
+        """`begin`, and all the steps. Raises the last TableFull, if what it was about has not found room since."""
+        self.begin(state, changes)
+        while True:
+            try:
+                self.step()
+            except TableFull:
+                if not self.busy:
+                    raise
+            if not self.busy:
+                return
+
+    @property
+    def left(self) -> int:
+        """How many prefixes are to be looked at."""
+        return sum(family.left for family in self._families)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything for `step` to do."""
+        return self.left > 0 and not self._stuck
+
+    @property
+    def fits(self) -> bool:
+        """Whether all that is left surely finds room in the tables."""
+        return all(family.left <= family.room for family in self._families)
 
     def check(self) -> list[tuple[list[Wrong], int]]:
         """For each family what the tables hold wrongly (prefix, what it leads to, what is due), and of how many."""
@@ -75,7 +128,8 @@ class _Family:
     def __init__(self, fib: Fib, bits: int) -> None:
         self.bits = bits
         self._fib, self._publisher = fib, fib.publisher
-        self._unfinished = np.zeros((0, 3), np.int64)  # what an update that raised left undone
+        self._rows: dict[int, list[np.ndarray]] = {}  # prefixes to look at, by length; one may be there twice
+        self._addresses: set[int] = set()  # the same of full length
         self._local: set[Prefix] = set()  # the short prefixes of the local table last acted on
         self._links_of: dict[int, set[int]] = {}  # usable neighbours on ports: address to the links it is on
         self._sorted: list[int] = []  # the same addresses in order
@@ -84,27 +138,54 @@ class _Family:
     def _state(self) -> State:
         return self._fib.state
 
-    def update(self, changes: Changes, progress: Progress | None) -> None:
+    @property
+    def left(self) -> int:
+        """How many prefixes are to be looked at."""
+        return len(self._addresses) + sum(len(rows) for parts in self._rows.values() for rows in parts)
+
+    @property
+    def room(self) -> int:
+        """How many more prefixes the table holds at least."""
+        family = self._publisher.families[self.bits]
+        return int(family.table.capacity) - len(family.wanted)
+
+    def begin(self, changes: Changes) -> None:
         rows = self._with_covered(changes.of(self.bits))
-        hosts = self._neighbours(changes)
-        rows = unique(np.concatenate([rows, self._unfinished, self._host_rows(hosts)]))
-        self._unfinished = rows
-        rows = rows[np.argsort(-rows[:, 2], kind="stable")]  # see `publish`
-        short = rows[rows[:, 2] < self.bits]
-        for prefix in prefixes(rows[: len(rows) - len(short)], self.bits):
-            hosts.add(prefix.address)
-        hosts |= self._hosts_in(short)
-        self._hosts(hosts)
-        for at in range(0, len(short), CHUNK):  # part by part, so that what is known is used
-            part = short[at : at + CHUNK]
-            self._publisher.set_all(self.bits, part, self._decide(part))
-            if at + CHUNK < len(short):
-                with suppress(TableFull):  # what does not fit yet may fit after what is to go
-                    self._publisher.flush()
-            if progress is not None:
-                progress(min(len(rows) - len(short) + at + CHUNK, len(rows)), len(rows))
-        self._publisher.flush()
-        self._unfinished = rows[:0]
+        self._addresses |= self._neighbours(changes)
+        order = np.argsort(rows[:, 2].astype(np.uint8), kind="stable")
+        rows = rows[order]
+        short = rows[: np.searchsorted(rows[:, 2], self.bits)]
+        self._addresses.update(prefix.address for prefix in prefixes(rows[len(short) :], self.bits))
+        self._addresses |= self._hosts_in(short)
+        for part in np.split(short, np.flatnonzero(np.diff(short[:, 2])) + 1):
+            if len(part):
+                self._rows.setdefault(int(part[0, 2]), []).append(part)
+
+    def step(self, room: int) -> None:
+        """Set the longest of what is left, so many: see the top of this module."""
+        addresses, parts = set[int](), list[np.ndarray]()
+        while self._addresses and room:
+            addresses.add(self._addresses.pop())
+            room -= 1
+        while self._rows and room:
+            longest = max(self._rows)
+            rows = self._rows[longest].pop()
+            if len(rows) > room:
+                self._rows[longest].append(rows[room:])
+            if not self._rows[longest]:
+                del self._rows[longest]
+            parts.append(rows[:room])
+            room -= len(parts[-1])
+        try:
+            self._hosts(addresses)
+            if parts:
+                rows = np.concatenate(parts)
+                self._publisher.set_all(self.bits, rows, self._decide(rows))
+        except TableFull:
+            self._addresses |= addresses
+            for rows in parts:
+                self._rows.setdefault(int(rows[0, 2]), []).append(rows)
+            raise
 
     def lookup(self, address: int) -> Target | None:
         """The longest match among the kernel's prefixes."""
@@ -188,10 +269,6 @@ class _Family:
         found = [(prefix, said(there.get(prefix)), said(table.get(prefix))) for prefix in wrong]
         self._publisher.flush()  # next hops that were made for the comparison only
         return found, len(held)
-
-    def _host_rows(self, addresses: set[int]) -> np.ndarray:
-        rows = [Prefix(address, self.bits, self.bits).row() for address in addresses]
-        return np.array(rows, np.int64).reshape(-1, 3)
 
     def _hosts_in(self, rows: np.ndarray) -> set[int]:
         """The usable neighbours that these prefixes cover; of many prefixes, all that there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -52,6 +53,11 @@ class Linux:
     the neighbours that are on a port's own link. progress: called with (what, done, total) while the first copy of
     the tables is made, from another thread; total is 0 while it is not known.
 
+    wait: enter the block when the tables are complete. Otherwise they are copied meanwhile: a pipeline may start at
+    once, and Linux forwards alone until the kernel's routes have been read. Then every packet goes by its own route, by
+    the fast path if that is in the tables already, else by Linux; `wait_forwarding` waits for the beginning of this,
+    `wait_synced` for the end.
+
     Everything is opened in the network namespace of the thread that enters. Raises NoSuchInterface, InterfaceDown,
     UnsuitableInterface, InterfaceBusy, AlreadyRunning, FrameTooSmall, PolicyConflict, MissingCapability, Unsupported,
     TableFull, BadInput; nothing is left behind then.
@@ -68,6 +74,7 @@ class Linux:
         ring_size: int = 1024,
         capacity: int = 1 << 20,
         progress: Callable[[str, int, int], None] | None = None,
+        wait: bool = True,
     ) -> None:
         if not names:
             raise BadInput("no interface named", "name the interfaces to route between")
@@ -77,12 +84,14 @@ class Linux:
         self._mode, self._binding = mode, binding
         self._only = tuple(str(parse_prefix(prefix)) for prefix in only)
         self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
-        self._capacity = capacity
+        self._capacity, self._wait = capacity, wait
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
         self._hashing: dict[Literal[4, 6], int] = {}
         self._marked = 0.0
         self._local: dict[rt.Prefix, int] = {}  # of the local table, with their types
+        self._announced = False
+        self._carrying = threading.Lock()
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -132,9 +141,10 @@ class Linux:
         self.mirror.every(LOOK_AGAIN, self._look_again)
         for netlink in self._watch.sockets:
             self.mirror.watch(netlink, self._heard)
+        self._pause()  # until the mirror has begun
         self.mirror.start()
-        self.mirror.wait_synced()
-        self._announce()
+        if self._wait:
+            self.mirror.wait_synced()
 
     # -- for users
 
@@ -165,6 +175,15 @@ class Linux:
         self.bypass = bypass
         self.mirror.call((lambda: self.mirror.resume("policy")) if bypass else self._look_for_conflicts)
 
+    def wait_forwarding(self, timeout: float | None = None) -> None:
+        """Return when the first routes are in the tables. Raises TimeoutError, and what entering the block raises."""
+        self.mirror.wait_begun(timeout)
+
+    @property
+    def synced(self) -> bool:
+        """Whether the tables have been complete."""
+        return self.mirror.synced
+
     def wait_synced(self, timeout: float | None = 10.0) -> None:
         """Return when everything that Linux was told before this call is in the tables. Raises TimeoutError."""
         self.mirror.barrier(3600.0 if timeout is None else timeout)
@@ -183,14 +202,14 @@ class Linux:
         """An application runs, or has more workers: their punt rings are drained from now on."""
         for port, tap in zip(self.ports, self.punt.taps, strict=True):
             tap.mark(port.attachment.marker if port.attachment is not None else b"")
-        self.mirror.call(self._pause)  # what has changed while the programs were attached
+        self._pause()  # what has changed while the programs were attached
         self.punt.start([ring for ring in rings if ring is not None])
 
     def stopped(self) -> None:
         """The application has stopped: what its punt rings hold is delivered."""
         self.punt.stop()
 
-    # -- in the mirror's thread
+    # -- in the mirror's thread (but `_pause`)
 
     def _mark(self) -> None:
         self._marks.resolve(self.mirror.fib.publisher.unresolved())
@@ -199,11 +218,16 @@ class Linux:
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
     def _changed(self, state: State, changes: Changes) -> None:
+        if not self._announced:
+            self._announced = True
+            self._announce(state)
         local = state.rib.local | state.rib6.local
         if local != self._local:
             self._follow_local(local)
         for index in changes.links & self._indexes.keys():
             self._follow_link(state, index)
+        if changes.links:
+            self._marks.retry()
         if changes.policy and not self.bypass:
             self._look_for_conflicts()
         if changes.netconf or changes.links or changes.policy:
@@ -275,13 +299,13 @@ class Linux:
 
     def _pause(self) -> None:
         """Give Linux what it does not forward, or all when only Linux can forward."""
-        for port, now in zip(self.ports, self.policies, strict=True):
-            forwarded: tuple[tuple[Family, bool], ...] = (("ipv4", now.forwarding), ("ipv6", now.forwarding6))
-            port.carry(family for family, yes in forwarded if yes and not self.mirror.suspended)
+        with self._carrying:  # so that the last word is what is so at last, whoever is told first
+            for port, now in zip(self.ports, self.policies, strict=True):
+                forwarded: tuple[tuple[Family, bool], ...] = (("ipv4", now.forwarding), ("ipv6", now.forwarding6))
+                port.carry(family for family, yes in forwarded if yes and not self.mirror.suspended)
 
-    def _announce(self) -> None:
+    def _announce(self, state: State) -> None:
         """Say at start what goes to Linux that might have been expected to go past it."""
-        state = self.mirror.state
         if self.bypass:
             for conflict in guard.conflicts(self._guarded):
                 log.warning("bypassed: %s", conflict)

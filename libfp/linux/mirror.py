@@ -4,6 +4,10 @@ Two states. SYNCING: dump everything, replay the notifications that arrived mean
 known. LIVE: act on notifications. Whatever goes wrong (notifications lost, a message that cannot be) leads back to
 SYNCING, which is an ordinary event: the tables keep their contents until the new dump is whole, then change where it
 differs. Where a dump cannot be had at all, or the tables are full, every packet is left to Linux until it can.
+
+Many changes are written in steps (`libfp.linux.fib`), and between two of them the mirror listens. Packets may be
+forwarded from the first step on: no earlier, since of a dump that is not whole nobody knows what longer prefix is to
+come; and not before the listener, which knows of policies, has been told what the dump says.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ PATIENCE = (0.0, 0.0, 0.02, 0.1, 0.3)
 RETRY = 1.0  # seconds between dumps that follow one another without need for haste
 
 T = TypeVar("T")
+Job = tuple[Callable[[], Any], Future[Any]]
 Listener = Callable[[State, Changes], None]
 Progress = Callable[[str, int, int], None]
 
@@ -72,9 +77,9 @@ Progress = Callable[[str, int, int], None]
 class Mirror:
     """Mirrors the calling thread's network namespace into `routes`, from `start` to `close`.
 
-    `ports` maps link indexes to port numbers. `listener` is called in the mirror's thread after each batch of changes
-    with the new state, `on_suspend` when `suspended` has changed. `progress` is told of the first synchronisation,
-    there too: ("routes", done, total), where the total is 0 while it is not known.
+    `ports` maps link indexes to port numbers. `listener` is called in the mirror's thread with the new state for each
+    batch of changes, before they are in the tables, `on_suspend` when `suspended` has changed. `progress` is told of
+    the first synchronisation, there too: ("routes", done, total), where the total is 0 while it is not known.
     """
 
     def __init__(
@@ -101,12 +106,13 @@ class Mirror:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []
-        self._jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._jobs: list[Job] = []
+        self._held: tuple[list[threading.Event], list[Job]] = [], []  # of these, those who wait for what is written now
         self._resync_at: float | None = 0.0  # when the next dump is due, on the monotonic clock; None: not at all
         self._stale = False  # the notification socket has lost something
         self._suspended: dict[str, str] = {}
         self._stopped = self._closing = False
-        self._synced = threading.Event()
+        self._begun, self._synced = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="libfp-mirror", daemon=True)
 
     @property
@@ -136,12 +142,24 @@ class Mirror:
             os.close(self._wake)
             self._wake = -1
 
+    def wait_begun(self, timeout: float | None = None) -> None:
+        """Wait until the first routes are in the tables and packets may be forwarded; raises as `wait_synced` does."""
+        self._wait(self._begun, timeout)
+
     def wait_synced(self, timeout: float | None = None) -> None:
         """Wait until the first dump has been taken in. Raises what went wrong with it, TimeoutError after `timeout`."""
-        if not self._synced.wait(timeout):
+        self._wait(self._synced, timeout)
+
+    def _wait(self, event: threading.Event, timeout: float | None) -> None:
+        if not event.wait(timeout):
             raise TimeoutError("the first synchronisation with Linux is not over")
         if self.error is not None:
             raise self.error
+
+    @property
+    def synced(self) -> bool:
+        """Whether the first dump has been taken in."""
+        return self._synced.is_set() and self.error is None
 
     def barrier(self, timeout: float = 10.0) -> None:
         """Return when everything that Linux did before this call is in the tables. Raises TimeoutError."""
@@ -183,6 +201,8 @@ class Mirror:
         fresh = self._dump()
         told = list(self._pending)
         self._act()
+        while self.fib.busy:
+            self._step()
         self._pending.extend(told)
         self._replay(fresh, Changes())
         return fresh
@@ -190,7 +210,7 @@ class Mirror:
     @property
     def suspended(self) -> bool:
         """Whether every packet is left to Linux at the moment."""
-        return bool(self._suspended)
+        return bool(self._suspended) or not self._begun.is_set() or self.error is not None
 
     def suspend(self, reason: str, why: str) -> None:
         """Leave all packets to Linux until `resume(reason)`; in the mirror's thread only. Logged when it is new."""
@@ -221,46 +241,57 @@ class Mirror:
                     moments.append(self._resync_at)
                 self._turn(max(0.0, min(moments, default=time.monotonic() + 60.0) - time.monotonic()))
                 for i, (moment, seconds, function) in enumerate(due):
-                    if time.monotonic() >= moment and self.phase == LIVE:
+                    if time.monotonic() >= moment and self.phase != FAILED:
                         due[i] = (time.monotonic() + seconds, seconds, function)
                         function()
         except BaseException as error:
             self.error, self.phase = error, FAILED
-            if self._synced.is_set() and not self._closing:  # otherwise wait_synced raises it
+            if self._begun.is_set() and not self._closing:  # otherwise wait_begun raises it
                 log.exception("the mirror has stopped")
                 self.suspend("mirror", f"the mirror has stopped: {error}")
         finally:
+            self._begun.set()
             self._synced.set()
             with self._lock:
                 self._stopped = True
-                waiting, self._waiting = self._waiting, []
-                jobs, self._jobs = self._jobs, []
+            self._hold()
+            waiting, jobs = self._held
             for event in waiting:
                 event.set()
             for _, job in jobs:
                 job.set_exception(Error("the mirror is closed"))
 
+    def _hold(self) -> None:
+        """Note who waits by now."""
+        with self._lock:
+            self._held[0].extend(self._waiting)
+            self._held[1].extend(self._jobs)
+            self._waiting, self._jobs = [], []
+
     def _turn(self, timeout: float) -> None:
-        """Wait for something, take in what is there, and let those who wait for that go on."""
+        """Wait for something, take in what is there, write some of it, and let those who wait for all of it go on."""
         watched = [netlink.fileno() for netlink in self._watched]
-        found = readable([self._notifications.fileno(), self._wake, *watched], timeout)
+        found = readable([self._notifications.fileno(), self._wake, *watched], 0.0 if self.fib.busy else timeout)
         if self._wake in found:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
-        with self._lock:
-            waiting, self._waiting = self._waiting, []
-            jobs, self._jobs = self._jobs, []
+        self._hold()
         try:
             while self._receive():
                 self._act()
         except (Overrun, Malformed) as error:
             log.info("synchronising again: %s", error)
             self._stale, self._resync_at = True, 0.0
-        if (waiting or jobs) and self._resync_at == 0.0:
+        if any(self._held) and self._resync_at == 0.0:
             self._synchronise()
         for netlink, function in self._watched.items():
-            if netlink.fileno() in found or (waiting and netlink.ready()):
+            if netlink.fileno() in found or (self._held[0] and netlink.ready()):
                 function()
+        if self.fib.busy:
+            self._step()
+        if self.fib.busy:
+            return
+        (waiting, jobs), self._held = self._held, ([], [])
         for event in waiting:
             event.set()
         for job in jobs:
@@ -303,38 +334,56 @@ class Mirror:
     def _update(self, state: State, changes: Changes) -> None:
         if not changes:
             return
-        first = not self._synced.is_set()
-        try:
-            self.fib.update(state, changes, self._report if first else None)
-            self.resume("full")
-        except TableFull as error:
-            if first:
-                raise
-            self.suspend("full", str(error))
+        self.fib.begin(state, changes)
         if self._listener is not None:
             self._listener(state, changes)
+        self._step()
 
-    def _report(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress("routes", done, total)
+    def _step(self) -> None:
+        try:
+            self.fib.step()
+        except TableFull as error:
+            if not self._begun.is_set():  # at start it is an error
+                raise
+            self.suspend("full", str(error))
+        else:
+            if not self.fib.busy:
+                self.resume("full")
+            if self.fib.fits:
+                self._begin()
+        if not self._synced.is_set() and self._progress is not None:
+            self._progress("routes", self.fib.done, self.fib.done + self.fib.left)
+        if not self.fib.busy and self.phase == SYNCING:
+            self._live()
+
+    def _begin(self) -> None:
+        """Have packets forwarded: what finds a route in the tables finds the right one."""
+        if not self._begun.is_set():
+            self._begun.set()
+            if self._on_suspend is not None:
+                self._on_suspend()
+
+    def _live(self) -> None:
+        """What has been dumped is in the tables."""
+        self._begin()
+        self.phase = LIVE
+        self.resume("mirror")
+        self._synced.set()
 
     def _synchronise(self) -> None:
-        """One dump: SYNCING, then LIVE, or another attempt soon."""
+        """One dump: SYNCING, then LIVE when it is in the tables, or another attempt soon."""
         self.phase, self._resync_at = SYNCING, None
         try:
             fresh = self._dump()
             self._replay(fresh, Changes())
-            self._update(fresh, fresh.differences(self.state))
+            self.resyncs += 1
+            self._update(fresh, fresh.differences(self.state))  # which are never none
         except (Error, OSError) as error:
-            if self._closing or not self._synced.is_set():
+            if self._closing or not self._begun.is_set():
                 raise
             self.phase, self._resync_at = FAILED, time.monotonic() + RETRY
             self.suspend("mirror", f"no dump of the kernel's state: {error}")
             return
-        self.resyncs += 1
-        self.phase = LIVE
-        self.resume("mirror")
-        self._synced.set()
 
     def _dump(self) -> State:
         """Everything, from the kernel; notifications that arrive meanwhile are left in `_pending`."""

@@ -8,6 +8,7 @@ which does what a packet of Linux's own would: a probe soon, and REACHABLE when 
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterable, Mapping
 
 from libfp.linux import rtnetlink as rt
@@ -16,6 +17,7 @@ from libfp.linux.netlink import NLM_F_CREATE, Netlink, attribute
 from libfp.linux.state import State
 
 SHORTEST, LONGEST = 0.5, 10.0  # seconds between two looks
+MOST_PATIENCE = 30.0  # seconds between two uses for a gateway that does not answer
 
 
 def interval(names: Iterable[str]) -> float:
@@ -39,6 +41,7 @@ class HitMarks:
 
     def __init__(self) -> None:
         self._netlink = Netlink()
+        self._asked: dict[tuple[int, bytes], tuple[float, float]] = {}  # when to ask again, and for how long not then
         self.sent = 0
 
     def mark(self, used: Iterable[Via], state: State) -> None:
@@ -51,10 +54,24 @@ class HitMarks:
             if known is not None and known.state & rt.NUD_STALE:
                 self._use(link, address, 0)
 
-    def resolve(self, wanted: Iterable[Via]) -> None:
-        """Have Linux find out these neighbours' MAC addresses."""
-        for via in wanted:
-            self._use(via.link, via.gateway, NLM_F_CREATE)
+    def resolve(self, wanted: Iterable[Via], now: float | None = None) -> None:
+        """Have Linux find out these neighbours' MAC addresses: those, and no others, that are still unknown.
+
+        For one that stays so it is asked after half a second, one, two and so on to `MOST_PATIENCE`: each time Linux
+        sends up to three requests. `now` is on the monotonic clock.
+        """
+        now = time.monotonic() if now is None else now
+        asked, self._asked = self._asked, {}
+        for key in {(via.link, via.gateway) for via in wanted}:
+            due, patience = asked.get(key, (now, SHORTEST))
+            if now >= due:
+                self._use(*key, NLM_F_CREATE)
+                due, patience = now + patience, min(2 * patience, MOST_PATIENCE)
+            self._asked[key] = due, patience
+
+    def retry(self) -> None:
+        """Those that did not answer may do so now: ask again at the next look."""
+        self._asked.clear()
 
     def _use(self, link: int, address: bytes, flags: int) -> None:
         family = rt.AF_INET if len(address) == 4 else rt.AF_INET6

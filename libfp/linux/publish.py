@@ -41,7 +41,7 @@ class _Family:
     def flush(self) -> None:
         if not self.unwritten:
             return
-        rows = unique(np.concatenate(self.unwritten))
+        rows = self.unwritten[0] if len(self.unwritten) == 1 else unique(np.concatenate(self.unwritten))
         rows = rows[np.argsort(-rows[:, 2], kind="stable")]
         self.unwritten = [rows]
         indexes = self.wanted.get_all(rows)
@@ -61,20 +61,19 @@ class _Family:
         return np.column_stack([halves.astype(np.int64), lengths]), np.asarray(indexes)
 
     def _apply(self, rows: np.ndarray, indexes: np.ndarray) -> None:
-        if self.wanted.bits == 32:
-            self.table.apply(rows[:, 0].tolist(), rows[:, 2].tolist(), indexes.tolist())
-        else:
-            self.table.apply(rows[:, :2].view(np.uint64), rows[:, 2], indexes)
+        addresses = rows[:, 0] if self.wanted.bits == 32 else rows[:, :2].view(np.uint64)
+        self.table.apply(addresses, rows[:, 2], indexes)
 
 
 class Publisher:
     """The only writer of one `Routes`. `resolve` says what a `Via` does at the moment.
 
     Raises TableFull from the tables. While `suspended`, every next hop is Punt("via-linux"): Linux forwards alone.
+    Until `complete`, so is what no prefix in the tables holds.
     """
 
     def __init__(self, routes: Routes, resolve: Callable[[Via], Forward | Punt]) -> None:
-        self._next_hops = routes.next_hops
+        self._routes, self._next_hops = routes, routes.next_hops
         self._resolve = resolve
         self._hops: dict[Key, _Entry] = {}
         self._by_index: dict[int, _Entry] = {}
@@ -83,6 +82,7 @@ class Publisher:
         self._idle: set[int] = set()  # indexes to which nothing may lead any more once all is written
         self.families = {32: _Family(routes.fib, 32), 128: _Family(routes.fib6, 128)}
         self.suspended = False
+        routes.set_complete(False)
 
     def __len__(self) -> int:
         return sum(len(family.wanted) for family in self.families.values())
@@ -107,7 +107,7 @@ class Publisher:
             self._count(old, -1)
 
     def set_all(self, bits: int, rows: np.ndarray, indexes: np.ndarray) -> None:
-        """`set` many different prefixes of one family to what `index` gave, 0 for nowhere."""
+        """`set` many prefixes of one family to what `index` gave, 0 for nowhere."""
         family = self.families[bits]
         old = family.wanted.put_all(rows, indexes)
         differ = old != indexes
@@ -198,6 +198,11 @@ class Publisher:
         self.suspended = suspended
         for entry in self._hops.values():
             self._write(entry)
+
+    def complete(self) -> None:
+        """All prefixes are in the tables: what they do not hold has no route."""
+        if not self._routes.complete:
+            self._routes.set_complete(True)
 
     def check(self) -> Iterator[tuple[Key, Action, Action]]:
         """Next hops that do not do what they are due to, with what they do and what is due."""

@@ -33,6 +33,7 @@ ARPHRD_ETHER = 1
 NUD_INCOMPLETE, NUD_REACHABLE, NUD_STALE, NUD_DELAY, NUD_PROBE = 0x01, 0x02, 0x04, 0x08, 0x10
 NUD_FAILED, NUD_NOARP, NUD_PERMANENT = 0x20, 0x40, 0x80
 NTF_USE, NTF_PROXY = 0x01, 0x08
+IFA_F_TENTATIVE = 0x40
 TABLE_DEFAULT, TABLE_MAIN, TABLE_LOCAL = 253, 254, 255
 TABLE_NAMES = {TABLE_DEFAULT: "default", TABLE_MAIN: "main", TABLE_LOCAL: "local"}
 UNICAST, LOCAL, BROADCAST, ANYCAST, MULTICAST, BLACKHOLE, UNREACHABLE, PROHIBIT, THROW = range(1, 10)
@@ -81,13 +82,17 @@ class Link:
 
 
 class Address(NamedTuple):
-    """An address of this host: `local` is 4 or 16 bytes in network order; `peer` differs on point-to-point links."""
+    """An address of this host: `local` is 4 or 16 bytes in network order; `peer` differs on point-to-point links.
+
+    While it is `tentative` nobody uses it: somebody else might have it (RFC 4862).
+    """
 
     link: int
     family: int
     local: bytes
     peer: bytes
     length: int
+    tentative: bool = False
 
 
 class Neighbour(NamedTuple):
@@ -232,11 +237,12 @@ def link(body: memoryview) -> Link | None:
 
 def address(body: memoryview) -> Address | None:
     """Decode RTM_NEWADDR, RTM_DELADDR."""
-    family, length, _flags, _scope, index = _fixed(_IFADDRMSG, body)
+    family, length, flags, _scope, index = _fixed(_IFADDRMSG, body)
     found = attributes(body, 8)
     peer = _address(found.get(1))  # IFA_ADDRESS; IFA_LOCAL is there when it differs, and always for IPv4
     local = _address(found.get(2)) or peer
-    return Address(index, family, local, peer, length) if local else None
+    tentative = family == AF_INET6 and flags & IFA_F_TENTATIVE != 0
+    return Address(index, family, local, peer, length, tentative) if local else None
 
 
 def neighbour(body: memoryview) -> Neighbour | None:

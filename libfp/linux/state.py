@@ -15,7 +15,7 @@ import numpy as np
 from libfp.linux import rtnetlink as rt
 from libfp.linux.bulk import Bulk
 from libfp.linux.netlink import NLM_F_APPEND, Message
-from libfp.linux.prefixes import prefixes, unique
+from libfp.linux.prefixes import prefixes
 from libfp.linux.rib import TABLES, Numbering, Rib
 
 USABLE = rt.NUD_PERMANENT | rt.NUD_NOARP | rt.NUD_REACHABLE | rt.NUD_PROBE | rt.NUD_STALE | rt.NUD_DELAY
@@ -50,9 +50,9 @@ class Changes:
             self.rows.setdefault(bits, []).append(rows)
 
     def of(self, bits: int) -> np.ndarray:
-        """Rows of all prefixes of a family that changed, each once."""
+        """Rows of all prefixes of a family that changed; one may be there twice."""
         few = [prefix.row() for prefix in self.prefixes if prefix.bits == bits]
-        return unique(np.concatenate([np.array(few, np.int64).reshape(-1, 3), *self.rows.get(bits, ())]))
+        return np.concatenate([np.array(few, np.int64).reshape(-1, 3), *self.rows.get(bits, ())])
 
 
 class State:
@@ -209,6 +209,8 @@ class State:
         rib, by_link = self.ribs[bits], self.addresses if bits == 32 else self.addresses6
         mine = by_link.setdefault(address.link, set())
         self.bulk.links_changed()
+        if bits == 128:  # there is one with a link's local address, whatever its peer and its prefix become
+            mine -= {other for other in mine if other.local == address.local}
         if new:
             mine.add(address)
             if bits == 32 and address.link in self.links and self.links[address.link].up:

@@ -72,7 +72,8 @@ def compare(state: State, fresh: State) -> Verification:
         ("link", state.links, fresh.links),
         ("settings of link", state.netconf, fresh.netconf),
         ("IPv6 settings of link", state.netconf6, fresh.netconf6),
-        ("addresses of link", _addresses(state), _addresses(fresh)),
+        ("addresses of link", _there(state.addresses), _there(fresh.addresses)),
+        ("IPv6 addresses of link", _there(state.addresses6), _there(_told(fresh.addresses6, state.addresses6))),
         ("neighbour", _usable(state), _usable(fresh)),
     ):
         _differ(found, what, ours, linux)
@@ -95,9 +96,18 @@ def _said(routes: Any) -> str:
     return " then ".join(map(str, routes)) or "none"
 
 
-def _addresses(state: State) -> dict[int, Any]:
-    """IPv4's. Nothing hangs on IPv6's but their routes, and Linux does not tell of each that goes with a link."""
-    return {link: there for link, there in state.addresses.items() if there}
+def _there(addresses: dict[int, set[rt.Address]]) -> dict[int, set[rt.Address]]:
+    """By link, those that have any."""
+    return {link: {one._replace(tentative=False) for one in there} for link, there in addresses.items() if there}
+
+
+def _told(fresh: dict[int, set[rt.Address]], ours: dict[int, set[rt.Address]]) -> dict[int, set[rt.Address]]:
+    """Those of `fresh` that Linux has told of: it does not of those that it makes itself while they are tentative."""
+    known = _there(ours)
+    return {
+        link: {one for one in there if not one.tentative or one._replace(tentative=False) in known.get(link, ())}
+        for link, there in fresh.items()
+    }
 
 
 def _usable(state: State) -> dict[tuple[int, bytes], bytes]:

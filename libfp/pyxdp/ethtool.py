@@ -136,22 +136,23 @@ class SwitchedOff:
 
     def __init__(self, interface: str, names: Iterable[str]) -> None:
         self._ethtool = Ethtool(interface)
+        self.names: tuple[str, ...] = ()
         try:
             before = self._ethtool.features()
             on = [name for name in names if name in before and before[name].on]
-            change = {name: False for name in on if before[name].changeable}
-            if change:
-                self._ethtool.set(change)
+            self.names = tuple(name for name in on if before[name].changeable)
+            if self.names:
+                self._ethtool.set(dict.fromkeys(self.names, False))
             after = self._ethtool.features()
-        except BaseException:
-            self._ethtool.close()
+            self.names = tuple(name for name in self.names if not after[name].on)
+            self.left_on = tuple(name for name in on if after[name].on)
+            if self.names:
+                log.info("%s: switched off %s", interface, ", ".join(self.names))
+            if self.left_on:
+                log.warning("%s: the driver keeps %s on", interface, ", ".join(self.left_on))
+        except BaseException:  # Ctrl-C, too
+            self.restore()
             raise
-        self.names = tuple(name for name in change if not after[name].on)
-        self.left_on = tuple(name for name in on if after[name].on)
-        if self.names:
-            log.info("%s: switched off %s", interface, ", ".join(self.names))
-        if self.left_on:
-            log.warning("%s: the driver keeps %s on", interface, ", ".join(self.left_on))
 
     def restore(self) -> None:
         """Switch on again what this switched off; nothing when the interface is gone. May be called again."""

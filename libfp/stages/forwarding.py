@@ -52,6 +52,7 @@ from libfp.stages.routes import (
     PORT_REDIRECTS,
     PORT_RPF_LOOSE,
     PORT_RPF_STRICT,
+    UNKNOWN,
     RoutesView,
     is_unusual,
 )
@@ -182,13 +183,17 @@ def check_other(burst: Burst, i: int) -> None:
 def source_is_valid(burst: Burst, i: int, routes: RoutesView, source: int, checks: int) -> bool:
     """What Linux's fib_validate_source asks: not our own address, and the way back as the port's rp_filter wants it.
 
-    Where the way back is not plain (no neighbour yet, another device) Linux is left to decide.
+    Where the way back is not plain (no neighbour yet, another device, tables that are not complete) Linux is left to
+    decide.
     """
     hop = routes.fib.lookup(source)
     entry = routes.hops + HOP_SIZE * hop if hop < routes.capacity else routes.hops
     what = load64(entry)
     if what & LOCAL != 0 and checks & PORT_ACCEPT_LOCAL == 0:
         burst.drop(i, "martian-source")
+        return False
+    if what & UNKNOWN != 0:
+        burst.punt(i, "via-linux")
         return False
     if checks & (PORT_RPF_STRICT | PORT_RPF_LOOSE) == 0:
         return True

@@ -33,6 +33,7 @@ from libfp.tables.words import Words, get, put, seal
 
 ACTION_NONE, ACTION_FORWARD, ACTION_SETTLE, ACTION_MULTIPATH = range(4)
 LOCAL = 1 << 48  # in the first word of an entry that punts: this host's own address
+UNKNOWN = 1 << 49  # in that of entry 0: the tables are not complete
 
 PORT_RPF_STRICT, PORT_RPF_LOOSE, PORT_REDIRECTS, PORT_ACCEPT_LOCAL = 1, 2, 4, 8
 CHECK_SOURCES = PORT_RPF_STRICT | PORT_RPF_LOOSE
@@ -97,6 +98,7 @@ class Multipath:
 
 
 Action = Forward | Punt | Drop | Multipath
+_NO_ROUTE = Punt("no-route")
 
 
 @entry
@@ -143,7 +145,7 @@ class NextHops(Table):
         self.capacity = capacity
         size = _HOPS + HOP_SIZE // 8 * capacity
         super().__init__(Words(size, size))
-        _write(self._words.block, _HOPS, *_encode(Punt("no-route")))
+        _write(self._words.block, _HOPS, *_encode(_NO_ROUTE))
         self._filter = np.zeros(_FILTER_WORDS, np.int64)
         self.set_local_hashes(())
         self.actions: dict[int, Action] = {}
@@ -283,6 +285,13 @@ class NextHops(Table):
             self._filter = words
             self.commit()
 
+    def set_complete(self, complete: bool) -> None:
+        """See `Routes.set_complete`."""
+        what, header, verdict, longest = _encode(_NO_ROUTE if complete else Punt("via-linux"))
+        with self.lock:
+            _write(self._words.block, _HOPS, what if complete else what | UNKNOWN, header, verdict, longest)
+            self.commit()
+
     def set_word(self, offset: int, value: int) -> None:
         """Change one word of the head of the table."""
         with self.lock:
@@ -387,6 +396,7 @@ class Routes:
     def __init__(self, *, routes: int = 1 << 20, routes6: int = 1 << 19, next_hops: int = 1 << 16) -> None:
         self.fib, self.fib6 = Lpm4(capacity=routes), Lpm6(capacity=routes6)
         self.next_hops = NextHops(next_hops)
+        self.complete = True
         self._compile()
 
     def _compile(self) -> None:
@@ -420,6 +430,14 @@ class Routes:
         for address, length in prefixes:
             hashes.update([_hash(bswap32(address))] if length == 32 else range(_HASHES))
         self.next_hops.set_local_hashes(hashes)
+
+    def set_complete(self, complete: bool) -> None:
+        """Whether what no route holds has none, as at first; otherwise its route may be still to come.
+
+        Until then packets to such addresses, and from them where sources are looked at, are ``Punt("via-linux")``.
+        """
+        self.complete = complete
+        self.next_hops.set_complete(complete)
 
     def set_hashing(self, fields: int, version: Literal[4, 6] = 4) -> None:
         """Which FIELD_ flags make a flow for multipath routes of that IP version.

@@ -20,7 +20,7 @@ class PlainFib:
     def __init__(self, next_hops: PlainNextHops, capacity: int, bits: int = 32) -> None:
         self.entries: dict[tuple[int, int], int] = {}
         self.bits = bits
-        self._next_hops, self._capacity = next_hops, capacity
+        self._next_hops, self.capacity = next_hops, capacity
 
     def apply(self, addresses: Any, lengths: Any, values: Any) -> None:
         """Many changes in order; value 0 removes. An IPv6 address is a row of its high and low half."""
@@ -32,7 +32,7 @@ class PlainFib:
                 self.entries.pop((address, length), None)
                 continue
             assert value in self._next_hops.actions, f"a route to next hop {value}, which is not there"
-            if (address, length) not in self.entries and len(self.entries) >= self._capacity:
+            if (address, length) not in self.entries and len(self.entries) >= self.capacity:
                 raise TableFull("the plain table is full")
             self.entries[address, length] = value
 
@@ -99,8 +99,12 @@ class PlainRoutes:
         self.next_hops = PlainNextHops()
         self.fib, self.fib6 = PlainFib(self.next_hops, capacity), PlainFib(self.next_hops, capacity, 128)
         self.next_hops._fibs = [self.fib, self.fib6]
+        self.complete = True
 
-    def action(self, address: int) -> Action:
-        """The action for a IPv4 destination address (host order)."""
-        index = self.fib.lookup(address)
-        return self.next_hops[index] if index else Punt("no-route")
+    def set_complete(self, complete: bool) -> None:
+        self.complete = complete
+
+    def action(self, address: int, bits: int = 32) -> Action:
+        """The action for a destination address (host order)."""
+        index = (self.fib if bits == 32 else self.fib6).lookup(address)
+        return self.next_hops[index] if index else Punt("no-route" if self.complete else "via-linux")

@@ -100,8 +100,8 @@ class RouterProcess:
 
     `command` starts `fp`; `environment` is added to this process's.
 
-    `ready` and `end` are what it printed then. Raises ChildProcessError, with its own words, when it ends before it is
-    ready. The end of the block is a SIGTERM, and SIGKILL after five seconds.
+    `forwarding`, `ready` and `end` are what it printed then. Raises ChildProcessError, with its own words, when it ends
+    before it is ready. The end of the block is a SIGTERM, and SIGKILL after five seconds.
     """
 
     def __init__(
@@ -142,6 +142,11 @@ class RouterProcess:
                 self._events[event.pop("event")] = event
 
     @property
+    def forwarding(self) -> dict[str, Any]:
+        """Name, and how many routes were in the tables when it began to forward; empty before."""
+        return self._events.get("forwarding", {})
+
+    @property
     def ready(self) -> dict[str, Any]:
         """Name, ports, cores, kick, zero_copy, routes; empty before."""
         return self._events.get("ready", {})
@@ -152,7 +157,7 @@ class RouterProcess:
         return self._events.get("end", {})
 
     def wait_ready(self, timeout: float = START_LIMIT) -> None:
-        """Until it forwards. Raises TimeoutError, or ChildProcessError when it ends before."""
+        """Until it forwards and has all routes. Raises TimeoutError, or ChildProcessError when it ends before."""
         wait_until(lambda: self.ready or self.process.poll() is not None, timeout, "fp router to be ready")
         if not self.ready:
             raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
@@ -178,7 +183,7 @@ class RouterProcess:
     def counters(self) -> Counters:
         """Its counters now, read from outside as `fp stats` does."""
         if self._reader is None:
-            self._reader = attach(self.ready["name"])
+            self._reader = attach(self.forwarding["name"])
         return self._reader.counters()
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 5.0) -> int:

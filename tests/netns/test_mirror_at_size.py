@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import json
@@ -179,6 +180,76 @@ def test_longer_prefixes_come_first(net: Net, monkeypatch: pytest.MonkeyPatch) -
         mirror.close()
 
 
+class Gate:
+    """Holds the mirror between two steps of its first synchronisation; `step` lets it take one."""
+
+    def __init__(self) -> None:
+        self.held, self._go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if 0 < done < total:
+            self.held.release()
+            assert self._go.acquire(timeout=30)
+
+    def step(self) -> None:
+        self._go.release()
+        assert self.held.acquire(timeout=30)
+
+    def close(self) -> None:
+        """Hold it no longer."""
+        self._go.release(1000)
+
+
+LATER, SHORT = "203.0.113.7", "192.0.0.0/3"  # an address of the server, and a prefix that holds STEADY, too
+
+
+def test_packets_are_forwarded_from_the_first_route_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two steps: by the fast path where the tables have the route, else by Linux, and none is lost."""
+    monkeypatch.setattr("libfp.linux.fib.CHUNK", 8)
+    monkeypatch.setattr("libfp.linux.fib.LARGEST", 1)
+    net.server.address("lo", f"{LATER}/32")
+    net.router.route(SHORT, via=SERVER)
+    for number in range(20):
+        net.router.route(f"100.64.{number}.0/26", via=Crossroads.OTHER)
+        net.router.route(f"101.{number}.0.0/16", via=Crossroads.OTHER)
+    gate = Gate()
+    with (
+        net.router.enter(),
+        Linux(*net.PORTS, progress=gate.progress, wait=False) as linux,
+        Pipeline(parse, forward(linux)).start(linux.ports, idle="park") as app,
+        contextlib.closing(gate),
+    ):
+        linux.wait_forwarding(30)
+        assert gate.held.acquire(timeout=30)
+        while "198.51.100.0/24" not in linux.routes.fib:
+            assert net.client.ping(LATER, count=2, interval=0.001).received == 2
+            gate.step()
+        assert not linux.synced
+        assert SHORT not in linux.routes.fib
+        with pytest.raises(TimeoutError):
+            linux.wait_synced(0.01)
+
+        def sent(address: str) -> tuple[int, int]:
+            """What became of ten requests, and their answers: forwarded, via Linux."""
+            before = app.counters
+            assert net.client.ping(address, count=10, interval=0.001).received == 10
+            after = app.counters
+            return after.forwarded - before.forwarded, after.punts["via-linux"] - before.punts["via-linux"]
+
+        assert sent(STEADY) == (20, 0)
+        assert sent(LATER) == (10, 10)
+        net.router.netlink("rule", "add", iifname="r0", table=100, priority=100)
+        gate.step()
+        assert not linux.synced
+        assert linux.mirror.suspended, "a policy that appears has the last word"
+        assert sent(STEADY) == (0, 0)
+        net.router.netlink("rule", "del", iifname="r0", table=100, priority=100)
+        gate.close()
+        linux.wait_synced(30)
+        assert sent(STEADY) == sent(LATER) == (20, 0)
+        assert not verify(linux.mirror).differences
+
+
 @pytest.mark.timeout(240)
 def test_full_table(data: Path) -> None:
     """Every route of a full table, IPv4 and IPv6, forwarded by one worker in a process of less than a gigabyte."""
@@ -189,9 +260,16 @@ def test_full_table(data: Path) -> None:
         table.server.address("lo", f"{behind}/32")
         with (
             UdpStream(table.client, table.server, behind, rate=500) as steady,
-            RouterProcess(table.host, "r0", "r1") as router,
+            RouterProcess(table.host, "r0", "r1", wait=False) as router,
         ):
-            assert router.ready["routes"] >= len(table.rows[32])
+            wait_until(lambda: router.forwarding or router.process.poll() is not None, 60)
+            early = 0
+            while not router.ready and router.process.poll() is None:
+                early = router.counters().forwarded
+            router.wait_ready()
+            assert router.ready["routes"] >= table.count()
+            assert 0 < router.forwarding["routes"] < router.ready["routes"]
+            assert early > 100, "the fast path forwards before it has all routes"
             with open(f"/proc/{router.process.pid}/status") as status:
                 resident = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
             assert resident < GIGABYTE

@@ -13,7 +13,8 @@ import pytest
 from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
-from libfp.linux.verify import Verification, verify
+from libfp.linux.state import State
+from libfp.linux.verify import Verification, compare, verify
 from libfp.stages.routes import Drop, Forward, Multipath, Punt, Routes
 from libfp.testing.netns import Host, Lab, wait_until
 
@@ -243,3 +244,30 @@ def test_a_host_without_ipv6(router: Router) -> None:
         host.sysctl(f"net.ipv6.conf.{name}.disable_ipv6", 1)
     wait_until(lambda: (router.mirror.barrier(), verify(router.mirror).differences == 0)[1], what="the same")
     assert not any(router.mirror.state.addresses6.values())
+
+
+def test_an_address_whose_peer_changes_is_one_address(router: Router) -> None:
+    for peer in ("2001:db8:77::2", "2001:db8:77::3"):
+        body = struct.pack("=BBBBI", rt.AF_INET6, 128, 2, 0, router.indexes["r1"])
+        body += attribute(2, packed("2001:db8:77::1")) + attribute(1, packed(peer))
+        router.netlink.ask(rt.RTM_NEWADDR, body, NLM_F_CREATE | NLM_F_REPLACE | 4)
+        router.mirror.barrier()
+        found = [one for one in router.mirror.state.addresses6[router.indexes["r1"]] if one.local[5] == 0x77]
+        assert [one.peer for one in found] == [packed(peer)]
+    wait_until(lambda: verify(router.mirror).differences == 0, what="the same")
+
+
+def test_addresses_that_linux_has_not_told_of_yet_are_no_difference() -> None:
+    """Those that it makes itself are told when nobody else turns out to have them: RFC 4862."""
+    ours = State()
+    fresh = State(ours)
+    address = rt.Address(2, rt.AF_INET6, packed("fe80::1"), packed("fe80::1"), 64)
+    for mine, linux, differences in (
+        (set(), {address._replace(tentative=True)}, 0),
+        (set(), {address}, 1),
+        ({address}, {address._replace(tentative=True)}, 0),
+        ({address}, set(), 1),
+        ({address._replace(tentative=True)}, {address}, 0),
+    ):
+        ours.addresses6[2], fresh.addresses6[2] = mine, linux
+        assert compare(ours, fresh).differences == differences, (mine, linux)

@@ -73,7 +73,7 @@ def test_interrupted_at_any_stage(net: Crossroads, untouched: None, stage: str) 
         process.wait_said(stage)
         process.stop(signal.SIGINT, timeout=10)
         if stage:
-            assert process.process.returncode in ((0, 130) if process.ready else (130,))
+            assert process.process.returncode in ((0, 130) if process.forwarding else (130,))
             assert process.end or "fp: interrupted" in process.said()
         assert process.process.pid not in {pid for pid, _ in instances().values()}
 

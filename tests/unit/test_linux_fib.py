@@ -278,18 +278,92 @@ def test_tables_depend_on_the_state_alone(batches: list[list[Step]]) -> None:
         for step in batch:
             step(net.state, changes)
         net.fib.update(net.state, changes)
+    the_same_as_afresh(net)
+
+
+def what(routes: PlainRoutes, action: Action) -> object:
+    """An action without the numbers that next hops happen to have."""
+    if isinstance(action, Multipath):
+        return frozenset((what(routes, routes.next_hops[path]), weight) for path, weight in action.paths)
+    return action
+
+
+def the_same_as_afresh(net: Net) -> None:
     fresh_routes = PlainRoutes()
-    fresh = Fib(fresh_routes, PORTS)  # type: ignore[arg-type]
-    fresh.update(net.state, net.state.differences(State()))
+    Fib(fresh_routes, PORTS).update(net.state, net.state.differences(State()))  # type: ignore[arg-type]
 
     def contents(routes: PlainRoutes) -> dict[tuple[int, int], object]:
-        def what(index: int) -> object:
-            action = routes.next_hops[index]
-            if isinstance(action, Multipath):
-                return {(what(path), weight) for path, weight in action.paths}
-            return action
-
-        return {key: what(index) for key, index in routes.fib.entries.items()}
+        return {key: what(routes, routes.next_hops[index]) for key, index in routes.fib.entries.items()}
 
     assert contents(net.routes) == contents(fresh_routes)
     assert len(net.routes.next_hops.actions) == len(fresh_routes.next_hops.actions), "next hops that nothing uses"
+
+
+PLACES = [int(ipaddress.IPv4Address(f"10.0.{net}.{host}")) for net in (0, 1, 2, 3) for host in (0, 1, 2, 9, 128, 255)]
+PLACES += [0, 10 << 24, 0xC0000201]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(add_route(), change_neighbour(), change_link()), min_size=5, max_size=40), st.integers(1, 3))
+def test_after_each_step_whatever_finds_a_route_finds_its_own(changes: list[Step], chunk: int) -> None:
+    net = Net()
+    for step in changes:
+        step(net.state, Changes())
+    whole = PlainRoutes()
+    Fib(whole, PORTS).update(net.state, net.state.differences(State()))  # type: ignore[arg-type]
+    due = [what(whole, whole.action(place)) for place in PLACES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("libfp.linux.fib.CHUNK", chunk)
+        net.fib.begin(net.state, net.state.differences(State()))
+        total, left = net.fib.left, 1
+        while left:
+            net.fib.step()
+            left = net.fib.left
+            found = [what(net.routes, net.routes.action(place)) for place in PLACES]
+            assert all(one in (expected, Punt("via-linux")) for one, expected in zip(found, due, strict=True)), left
+    assert net.fib.done == total
+    assert found == due
+    assert net.routes.complete
+    the_same_as_afresh(net)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(add_route(), remove_routes(), change_neighbour(), change_link()), max_size=8)),
+    st.lists(st.integers(0, 3), min_size=1),
+)
+def test_what_changes_between_steps_is_not_forgotten(batches: list[list[Step]], steps: list[int]) -> None:
+    net = Net()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("libfp.linux.fib.CHUNK", 1)
+        for number, batch in enumerate(batches):
+            changes = Changes()
+            for step in batch:
+                step(net.state, changes)
+            net.fib.begin(net.state, changes)
+            for _ in range(steps[number % len(steps)]):
+                net.fib.step()
+        net.fib.update(net.state, Changes())
+    the_same_as_afresh(net)
+
+
+def test_without_room_for_a_next_hop_there_is_no_going_on_until_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, refusing = Net(), [True]
+    real = net.routes.next_hops.add
+
+    def add(action: Action) -> int:
+        if refusing[0]:
+            raise TableFull("no room for more next hops")
+        return real(action)
+
+    monkeypatch.setattr(net.routes.next_hops, "add", add)
+    with pytest.raises(TableFull):
+        net.route("10.9.0.0/16", unicast(Hop(3, packed("10.0.2.9"))))
+    assert (net.fib.left, net.fib.busy) == (1, False)
+    assert net.action("192.0.2.1") == Punt("via-linux")
+    refusing[0] = False
+    net.neighbour(3, "10.0.2.9")
+    assert net.action("10.9.0.1") == Forward(1, mac(9), mac(3), 1500)
+    assert net.action("192.0.2.1") == Punt("no-route")

@@ -163,6 +163,28 @@ def test_the_way_back_may_be_any_path(router: Router) -> None:
     assert set(router.pipeline.run_once(by_address(50), ports=4)) == {"forward"}
 
 
+def test_tables_that_are_not_complete(router: Router) -> None:
+    """What has a route follows it. Of anything else nothing is concluded: Linux is asked, as often as need be."""
+    routes = router.routes
+    del routes.fib["0.0.0.0/0"], routes.fib6["::/0"]
+    routes.fib["10.0.2.0/24"] = router.hops[1]
+    routes.set_local([(0x0A070007, 32)])
+    there, elsewhere = udp(src="10.9.0.1", dst="10.0.2.2"), udp(src="10.9.0.1", dst="192.0.2.1")
+    both, ours = [there, elsewhere, udp(src="2001:db8::1", dst="2001:db8::2")], udp(src="10.7.0.7", dst="10.0.2.2")
+    try:
+        assert router.pipeline.run_once(both, ports=4) == ["forward", "punt no-route", "punt no-route"]
+        routes.set_complete(False)
+        assert router.pipeline.run_once(both, ports=4) == ["forward", "punt via-linux", "punt via-linux"]
+        assert router.pipeline.run_once([ours], ports=4) == ["punt via-linux"], "perhaps our own address"
+        routes.set_port(0, rp_filter=2)
+        assert router.pipeline.run_once([there], ports=4) == ["punt via-linux"], "no route back yet"
+    finally:
+        routes.set_complete(True)
+        routes.set_local(())
+        del routes.fib["10.0.2.0/24"]
+        routes.fib["0.0.0.0/0"] = routes.fib6["::/0"] = router.group
+
+
 def test_what_cannot_be_a_group() -> None:
     routes = Routes(routes=10, next_hops=64)
     hop = routes.next_hops.add(Forward(0, b"a" * 6, b"b" * 6, 1500))

@@ -195,6 +195,9 @@ def test_closed_replicas_are_forgotten(tables):
 
 def test_flush_never_waits_for_a_table_that_changes(tables, replicas):
     fib, hops = tables
+    fib.load([10 << 24], [8], [1])
+    fib.load([10 << 24], [8], [2])  # wants another copy; the mailbox holds the first
+    drain(replicas.mailbox, 512)
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -206,7 +209,7 @@ def test_flush_never_waits_for_a_table_that_changes(tables, replicas):
     thread.start()
     assert held.wait(30)
     try:
-        hops.load([1], [1])  # wants copies of both
+        hops.load([1], [1])
         assert not replicas.flush()
     finally:
         done.set()
@@ -214,6 +217,20 @@ def test_flush_never_waits_for_a_table_that_changes(tables, replicas):
     assert replicas.flush()
     catch_up(replicas)
     assert replicas.view(hops).lookup(1) == 1
+    assert replicas.view(fib).lookup(10 << 24) == 2
+
+
+def test_only_what_is_stale_is_copied(tables, replicas):
+    fib, hops = tables
+    hops[1] = 1
+    cell = load64(replicas.view(hops).cell)
+    fib.load([10 << 24], [8], [1])
+    drain(replicas.mailbox, 1 << 20)
+    assert replicas.view(fib).lookup(10 << 24) == 1
+    assert load64(replicas.view(hops).cell) == cell
+    hops[2] = 2  # its replica goes on being delivered to
+    drain(replicas.mailbox, 512)
+    assert [replicas.view(hops).lookup(k) for k in (1, 2)] == [1, 2]
 
 
 def test_a_batch_is_handed_over_at_its_end(tables, replicas):

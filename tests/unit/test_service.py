@@ -188,6 +188,27 @@ def test_the_watchdog_hears_nothing_of_a_worker_that_stands_still(
     assert heard[-1] == b"STOPPING=1"
 
 
+def test_the_manager_hears_of_progress_before_and_after_packets_are_forwarded(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libfp.apps.router.service.PROGRESS_EVERY", 0.0)
+    service, said, looks = Service(lambda: False), list[str](), iter((False, False, True))
+    service.progress("routes", 70, 0)
+    assert manager.recv(1000) == b"STATUS=reading Linux's routes: 70\nEXTEND_TIMEOUT_USEC=60000000"
+    app = SimpleNamespace(workers=[], ended=False, counters=SimpleNamespace(forwarded=1, dropped=2, punted=3))
+
+    def wait(seconds: float) -> None:
+        service.progress("routes", 10, 70)
+        app.ended = bool(said)
+
+    app.wait = wait
+    service.run(app, "forwarding", lambda: next(looks), lambda: said.append("synced"))
+    assert said == ["synced"]
+    heard = [manager.recv(1000) for _ in range(3)]
+    assert heard[0].startswith(b"READY=1\nSTATUS=forwarding\n"), "from the first route on"
+    assert b"STATUS=10 of 70 routes are in the tables" in heard, "and that is no start any more that takes longer"
+
+
 def test_lines_in_the_journal_have_priorities(tmp_path: Path) -> None:
     code = "import sys; from libfp.cli import main; sys.exit(main(['router', '--config', '/nonexistent']))"
     with (tmp_path / "journal").open("w+") as file:
