@@ -44,6 +44,26 @@ def gather(builder: Any, kind: Any, addresses: Any) -> Any:
     return builder.call(function, [pointers, ir.Constant(I32, 4), same(_MASK, 1), ir.Constant(kind, ir.Undefined)])
 
 
+def gather_some(builder: Any, base: Any, offsets: Any, wanted: Any, others: Any) -> Any:
+    """What is so many lanes (words or halves, as `others` are) from `base`; lanes not `wanted` read nothing and stay.
+
+    A lane that reads costs what a load does; the address is part of the instruction.
+    """
+    kind = others.type
+    pointers = builder.gep(builder.inttoptr(base, kind.element.as_pointer()), [offsets], source_etype=kind.element)
+    pointers.type = _POINTERS
+    name = f"llvm.masked.gather.v{LANES}{kind.element}.v{LANES}p0"
+    function = declare(builder, name, kind, _POINTERS, I32, _MASK, kind)
+    return builder.call(function, [pointers, ir.Constant(I32, 4), wanted, others])
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the line at `address`, which need not be anywhere: a hint reads nothing."""
+    function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
+    hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to read, kept in all caches, data
+    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), *hint])
+
+
 def unary(builder: Any, name: str, value: Any) -> Any:
     """An LLVM intrinsic of one vector: ``ctpop``, ``bswap``."""
     kind = value.type

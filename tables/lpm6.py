@@ -31,8 +31,6 @@ from libfp.jit import (
     load64,
     load64be,
     native,
-    popcount64,
-    shl64,
     shr64,
     store32,
     unlikely,
@@ -41,7 +39,7 @@ from libfp.jit import (
 )
 from libfp.tables import lpm6_update
 from libfp.tables.lpm import Lpm
-from libfp.tables.lpm6_block import BLOCKS, ROOT_BITS, SCRATCH, SCRATCH_BYTES, STEP, WHERE, five
+from libfp.tables.lpm6_block import BLOCKS, ROOT_BITS, SCRATCH, SCRATCH_BYTES, STEP, entry_at, five, is_child
 from libfp.tables.lpm6_vector import lookup8, lookup64
 from libfp.tables.words import Words
 
@@ -58,9 +56,8 @@ class Lpm6View:
         """The value of the longest prefix that holds an address (two words in host order), 0 if there is none."""
         base, depth = load64(self.cell), ROOT_BITS
         word = load64(base + _ROOTS + 8 * shr64(high, 64 - ROOT_BITS))
-        while shr64(word, 32) != 0:
-            place = five(high, low, depth)
-            word = load64(base + 8 * (shr64(word, WHERE) + popcount64(shl64(word, ~place | 32))))
+        while is_child(word):
+            word = entry_at(base, word, five(high, low, depth))
             depth += STEP
         return word if word else load64(base)
 

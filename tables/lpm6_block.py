@@ -6,20 +6,23 @@ block keeps its shape (another next hop for the same prefixes), only the words t
 
 from __future__ import annotations
 
-from libfp.jit import kernel, load64, popcount64, shl64, shr64, store64
+from libfp.jit import kernel, load32, load64, popcount64, shl64, shr64, store64
 from libfp.tables import rib
-from libfp.tables.words import TABLE, allocate, fit, free, get, put
+from libfp.tables.words import BASE, TABLE, allocate, fit, free, get, put
 
 ROOT_BITS = 23  # the first step: 2**23 words, each for a /23
 STEP = 5  # every further one: up to 32 words
 #: Offsets in the arena, in words: the default route's value, the roots, the blocks.
 DEFAULT, ROOTS, BLOCKS = 0, 8, 8 + (1 << ROOT_BITS)
-#: A word is a value (32 bits), or it leads to a block: the word before that in the bits from WHERE on, then the bitmap.
-WHERE, BITMAP = 33, (1 << 32) - 1
+#: A word is a value (32 bits), or it leads to a block: a bitmap, whether the block's words are WIDE (64 bits, some lead
+#: on) or 32 bits (all are values), and from bit WHERE on, in units of 32 bits, where the word before the first would be.
+WIDE, WHERE, BITMAP = 1 << 33, 34, (1 << 32) - 1
 #: Field in the control block: scratch memory, `SCRATCH_BYTES` of it: a frame for each step below the root.
 SCRATCH = TABLE + 128
 _WIDTH = 1 << STEP
-_OUT, _OLD, _NEXT, _PATH, _FRAME = 8 * _WIDTH, 16 * _WIDTH, 16 * _WIDTH + 8, 16 * _WIDTH + 16, 16 * _WIDTH + 64
+_SHAPE = WIDE | BITMAP
+_OUT, _OLD, _FRAME = 8 * _WIDTH, 16 * _WIDTH + 8, 16 * _WIDTH + 64  # OUT has room for a word more
+_NEXT, _PATH = _OLD + 8, _OLD + 16
 SCRATCH_BYTES = _FRAME * -(-(rib.BITS - ROOT_BITS) // STEP)
 
 # A frame's pairs are (value, 1 if the change reaches it, node there or 0) in 32, 1 and 31 bits.
@@ -43,16 +46,33 @@ def is_child(word):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _entry_at(block, word, i):  # type: ignore[no-untyped-def]
-    """The `i`-th word of the block that `word` leads to; 0 if it leads to none."""
-    if not is_child(word):
-        return 0
-    return get(block, shr64(word, WHERE) + popcount64(shl64(word, 63 - i)))
+def entry_at(base, word, place):  # type: ignore[no-untyped-def]
+    """What the block that `word` leads to says of a place, in the arena at `base`."""
+    rank, where = popcount64(shl64(word, 63 - place)), base + 4 * shr64(word, WHERE)
+    return load64(where + 8 * rank) if word & WIDE else load32(where + 4 * rank)
+
+
+@kernel
+def _old(block, word, place):  # type: ignore[no-untyped-def]
+    """The same in the master; 0 if `word` leads to no block."""
+    return entry_at(load64(block + BASE), word, place) if is_child(word) else 0
+
+
+@kernel
+def _words(word, count):  # type: ignore[no-untyped-def]
+    """How many words of 64 bits hold `count` of the block's."""
+    return count if word & WIDE else (count + 1) >> 1
+
+
+@kernel
+def _offset(word):  # type: ignore[no-untyped-def]
+    """The offset of the block that `word` leads to."""
+    return (shr64(word, WHERE) + (2 if word & WIDE else 1)) >> 1
 
 
 @kernel
 def _free(block, word):  # type: ignore[no-untyped-def]
-    free(block, shr64(word, WHERE) + 1, popcount64(word & BITMAP))
+    free(block, _offset(word), _words(word, popcount64(word & BITMAP)))
 
 
 @kernel
@@ -62,7 +82,7 @@ def free_chain(block, word, high, low, depth):  # type: ignore[no-untyped-def]
     `depth` is where the block begins.
     """
     while is_child(word):
-        below = _entry_at(block, word, five(high, low, depth))
+        below = _old(block, word, five(high, low, depth))
         _free(block, word)
         word = below
         depth += STEP
@@ -109,30 +129,35 @@ def _enter(block, at, node, value, reached, old, depth, path, high, low, length)
 @kernel
 def _finish(block, at):  # type: ignore[no-untyped-def]
     """Make the block of a frame whose words are all there; return the word that leads to it, or 0 if out of room."""
-    count, last, bitmap, out = 0, -1, 0, at + _OUT
+    count, last, shape, out = 0, -1, 0, at + _OUT
     for i in range(_WIDTH):
         word = load64(out + 8 * i)
+        if is_child(word):
+            shape |= WIDE
         if i == 0 or word != last:
-            bitmap |= 1 << i
+            shape |= 1 << i
             store64(out + 8 * count, word)  # over words already read
             count += 1
             last = word
-    old = load64(at + _OLD)
-    fit(block, count)
-    if old and old & BITMAP == bitmap:
-        first = shr64(old, WHERE) + 1
-        for i in range(count):
-            if get(block, first + i) != load64(out + 8 * i):
-                put(block, first + i, load64(out + 8 * i))
+    if not shape & WIDE:
+        store64(out + 8 * count, 0)
+        for i in range((count + 1) >> 1):
+            store64(out + 8 * i, load64(out + 16 * i) | shl64(load64(out + 16 * i + 8), 32))
+    size, old = _words(shape, count), load64(at + _OLD)
+    fit(block, size)
+    if old and old & _SHAPE == shape:
+        for i in range(size):
+            if get(block, _offset(old) + i) != load64(out + 8 * i):
+                put(block, _offset(old) + i, load64(out + 8 * i))
         return old
-    offset = allocate(block, count)
+    offset = allocate(block, size)
     if offset == 0:
         return 0
-    for i in range(count):
+    for i in range(size):
         put(block, offset + i, load64(out + 8 * i))
     if old:
         _free(block, old)
-    return shl64(offset - 1, WHERE) | bitmap
+    return shl64(2 * offset - (2 if shape & WIDE else 1), WHERE) | shape
 
 
 @kernel
@@ -141,7 +166,7 @@ def _next(block, at, depth, high, low, length):  # type: ignore[no-untyped-def]
     way = five(high, low, depth) if load64(at + _PATH) and length > depth + STEP else -1
     for i in range(load64(at + _NEXT), _WIDTH):
         pair = load64(at + 8 * i)
-        node, old = pair & _NODE, _entry_at(block, load64(at + _OLD), i)
+        node, old = pair & _NODE, _old(block, load64(at + _OLD), i)
         if node == 0 or rib.is_leaf(block, node):
             store64(at + _OUT + 8 * i, shr64(pair, 32))
             if i == way:  # the change has removed the last route below
@@ -167,7 +192,7 @@ def build(block, node, value, reached, old, high, low, length):  # type: ignore[
         i = _next(block, at, depth, high, low, length)
         if i < _WIDTH:
             store64(at + _NEXT, i)
-            pair, old = load64(at + 8 * i), _entry_at(block, load64(at + _OLD), i)
+            pair, old = load64(at + 8 * i), _old(block, load64(at + _OLD), i)
             old = old if is_child(old) else 0
             path = load64(at + _PATH) and length > depth + STEP and five(high, low, depth) == i
             reached = 1 if pair & _REACHED else 0

@@ -6,33 +6,64 @@ from typing import Any
 
 from llvmlite import ir
 
-from libfp.jit import load64, load64be, popcount64, shl64, shr64, store32
-from libfp.jit.primitive import I64, primitive
-from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
-from libfp.tables.lpm6_block import ROOT_BITS, ROOTS, STEP, WHERE
+from libfp.jit import load64, load64be, shl64, shr64, store32
+from libfp.jit.primitive import I32, I64, primitive
+from libfp.tables.lanes import (
+    HALVES,
+    LANES,
+    WORDS,
+    gather,
+    gather_some,
+    load,
+    mask,
+    prefetch,
+    same,
+    splat,
+    store,
+    unary,
+)
+from libfp.tables.lpm6_block import BITMAP, ROOT_BITS, ROOTS, STEP, WHERE, WIDE, entry_at, five, is_child
 
-#: Where the last block ends that they look into.
+#: Where the last block ends that they look into: one of values, below so many that lead on.
 REACH = 48
-_STEPS = (REACH - ROOT_BITS) // STEP
+_STEPS = (REACH - ROOT_BITS) // STEP - 1
+_AHEAD = 1024  # bytes: the next burst's keys
 
 
-def _first(builder: Any, bases: Any, keys: Any) -> tuple[Any, Any]:
-    """The high words of eight keys, and their roots."""
+def _first(builder: Any, bases: Any, keys: Any) -> tuple[Any, Any, Any]:
+    """The high words of eight keys, their roots, and how far to shift the former for the next five bits."""
     both = [load(builder, builder.add(keys, ir.Constant(I64, 8 * LANES * i)), WORDS) for i in range(2)]
     high = builder.shuffle_vector(*both, ir.Constant(HALVES, [2 * i for i in range(LANES)]))
     high = unary(builder, "bswap", high)
     index = builder.shl(builder.lshr(high, same(WORDS, 64 - ROOT_BITS)), same(WORDS, 3))
-    return high, gather(builder, WORDS, builder.add(builder.add(bases, same(WORDS, 8 * ROOTS)), index))
+    root = gather(builder, WORDS, builder.add(builder.add(bases, same(WORDS, 8 * ROOTS)), index))
+    return high, root, same(WORDS, 64 - ROOT_BITS - STEP)
 
 
-def _next(builder: Any, bases: Any, high: Any, word: Any, step: int) -> Any:
-    """The words that eight words lead to; those that lead nowhere read where the table begins, and stay."""
-    going = builder.icmp_signed("!=", builder.lshr(word, same(WORDS, 32)), same(WORDS, 0))
-    place = builder.lshr(high, same(WORDS, 64 - ROOT_BITS - STEP * (step + 1)))
-    left = builder.or_(builder.xor(place, same(WORDS, -1)), same(WORDS, 32))
-    rank = unary(builder, "ctpop", builder.shl(word, builder.and_(left, same(WORDS, 63))))
+def _rank(builder: Any, word: Any, place: Any) -> Any:
+    left = builder.and_(builder.or_(builder.xor(place, same(WORDS, -1)), same(WORDS, 32)), same(WORDS, 63))
+    return unary(builder, "ctpop", builder.shl(word, left))
+
+
+def _any(builder: Any, word: Any, bits: int) -> Any:
+    return builder.icmp_signed("!=", builder.and_(word, same(WORDS, bits)), same(WORDS, 0))
+
+
+def _next(builder: Any, base: Any, high: Any, word: Any, shift: Any, step: int) -> tuple[Any, Any, Any]:
+    """A step of those whose blocks are WIDE; the others stay."""
+    going, now = _any(builder, word, WIDE), 64 - ROOT_BITS - STEP * (step + 1)
+    rank = _rank(builder, word, builder.lshr(high, same(WORDS, now)))
+    offset = builder.add(builder.lshr(word, same(WORDS, WHERE + 1)), rank)
+    shift = builder.select(going, same(WORDS, now - STEP), shift)
+    return high, gather_some(builder, base, offset, going, word), shift
+
+
+def _last(builder: Any, base: Any, high: Any, word: Any, shift: Any) -> Any:
+    """The values of eight words: what they are, or what the blocks that are not WIDE say."""
+    rank = _rank(builder, word, builder.lshr(high, shift))
     offset = builder.add(builder.lshr(word, same(WORDS, WHERE)), rank)
-    return builder.select(going, gather(builder, WORDS, builder.add(bases, builder.shl(offset, same(WORDS, 3)))), word)
+    going = builder.icmp_unsigned(">", word, same(WORDS, BITMAP))
+    return gather_some(builder, base, offset, going, builder.trunc(word, HALVES))
 
 
 def _emitter(groups: int) -> Any:
@@ -41,16 +72,19 @@ def _emitter(groups: int) -> Any:
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
         bases = splat(builder, base, WORDS)
         starts = [builder.add(keys, ir.Constant(I64, 16 * LANES * i)) for i in range(groups)]
+        for start in starts if groups > 1 else []:
+            for i in range(2):
+                prefetch(builder, builder.add(start, ir.Constant(I64, _AHEAD + 8 * LANES * i)))
         lanes = [_first(builder, bases, at) for at in starts]
         for step in range(_STEPS):
-            lanes = [(high, _next(builder, bases, high, word, step)) for high, word in lanes]
-        default = splat(builder, builder.load(builder.inttoptr(base, I64.as_pointer())), WORDS)
+            lanes = [_next(builder, base, *one, step) for one in lanes]
+        default = splat(builder, builder.load(builder.inttoptr(base, I32.as_pointer())), HALVES)
         more = ir.Constant(I64, 0)
-        for i, (_, word) in enumerate(lanes):
-            value = builder.select(builder.icmp_signed("==", word, same(WORDS, 0)), default, word)
-            store(builder, builder.add(results, ir.Constant(I64, 4 * LANES * i)), builder.trunc(value, HALVES))
-            beyond = mask(builder, builder.icmp_signed("!=", builder.lshr(word, same(WORDS, 32)), same(WORDS, 0)))
-            more = builder.or_(more, builder.shl(beyond, ir.Constant(I64, LANES * i)))
+        for i, (high, word, shift) in enumerate(lanes):
+            value = _last(builder, base, high, word, shift)
+            value = builder.select(builder.icmp_signed("==", value, same(HALVES, 0)), default, value)
+            store(builder, builder.add(results, ir.Constant(I64, 4 * LANES * i)), value)
+            more = builder.or_(more, builder.shl(mask(builder, _any(builder, word, WIDE)), ir.Constant(I64, LANES * i)))
         return more
 
     return emit
@@ -59,13 +93,12 @@ def _emitter(groups: int) -> Any:
 def _plain(base: int, keys: int, results: int, count: int) -> int:
     more = 0
     for i in range(count):
-        high = load64be(keys + 16 * i)
+        high, depth = load64be(keys + 16 * i), ROOT_BITS
         word = load64(base + 8 * ROOTS + 8 * shr64(high, 64 - ROOT_BITS))
-        for step in range(_STEPS):
-            if shr64(word, 32):
-                place = shr64(high, 64 - ROOT_BITS - STEP * (step + 1))
-                word = load64(base + 8 * (shr64(word, WHERE) + popcount64(shl64(word, ~place | 32))))
-        more |= shl64(shr64(word, 32) != 0, i)
+        while is_child(word) and depth < REACH:
+            word = entry_at(base, word, five(high, 0, depth))
+            depth += STEP
+        more |= shl64(is_child(word), i)
         store32(results + 4 * i, word if word else load64(base))
     return more
 
@@ -81,5 +114,5 @@ def lookup8(base: int, keys: int, results: int) -> int:
 
 @primitive(_emitter(8))
 def lookup64(base: int, keys: int, results: int) -> int:
-    """The same of 64 addresses."""
+    """The same of 64 addresses; the 64 keys behind them are asked for, as likely the next ones."""
     return _plain(base, keys, results, 64)
