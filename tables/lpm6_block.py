@@ -15,7 +15,7 @@ STEP = 5  # every further one: up to 32 words
 #: Offsets in the arena, in words: the default route's value, the roots, the blocks.
 DEFAULT, ROOTS, BLOCKS = 0, 8, 8 + (1 << ROOT_BITS)
 #: A word is a value (32 bits), or it leads to a block: a bitmap, whether the block's words are WIDE (64 bits, some lead
-#: on) or 32 bits (all are values), and from bit WHERE on, in units of 32 bits, where the word before the first would be.
+#: on) or of 32 bits (values all), and from bit WHERE on, in units of 32 bits, where the word before the first would be.
 WIDE, WHERE, BITMAP = 1 << 33, 34, (1 << 32) - 1
 #: Field in the control block: scratch memory, `SCRATCH_BYTES` of it: a frame for each step below the root.
 SCRATCH = TABLE + 128
