@@ -155,7 +155,7 @@ def cases() -> Iterator[Case]:
             return churn.changes / 1e3
 
         peer = "the same without changes"
-        case = Case("churn", "forwarding", "ns/packet", "lower", forwarding, peer, lambda: churn.run(0))
+        case = Case("churn", "forwarding", "ns/packet", "lower", forwarding, peer, lambda: churn.run(0), bar=0.9)
         yield case
         limits = Case("churn", "most", "k changes/s", "higher", most)
         yield limits

@@ -65,7 +65,7 @@ def cases() -> Iterator[Case]:
         text = f"{count} entries of 24 bytes, {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
         for name, among in (("hits", keys), ("misses", others)):
             bed = Keys(among[random.integers(0, count, KEYS)], 16, ffi, value=8)
-            yield bed.case("hash", f"{size} {name}", table.view(), functions, text)
+            yield bed.case("hash", f"{size} {name}", table.view(), functions, text, 1.5)
         for one in made:
             lib.hash_free(one)
 

@@ -19,6 +19,8 @@ from bench.tables import KEYS, NEXT_HOPS, Keys, Peer, selected
 from libfp.jit import clock_hz
 from libfp.tables import Lpm4
 
+BARS = {"random": 1.5, "in-prefix": 1.2, "zipf": 1.0}
+
 
 def _functions(ffi: Any, lib: Any, routes: np.ndarray) -> tuple[list[Peer], Any, Any]:
     rows = ffi.cast("uint32_t *", routes.ctypes.data)
@@ -54,7 +56,7 @@ def cases() -> Iterator[Case]:
     text = f"{len(addresses)} routes ({origin}), {table.replica_bytes / 1e6:.1f} MB; {peers.about()}"
     for name, keys in sets.items():
         bed = Keys(keys.astype(np.uint32), 4, ffi)
-        yield bed.case("lpm4", name, table.view(), functions, text)
+        yield bed.case("lpm4", name, table.view(), functions, text, BARS[name])
     if lib:
         lib.lpm_free(lpm)
         lib.fib_free(fib)

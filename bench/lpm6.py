@@ -41,6 +41,6 @@ def cases() -> Iterator[Case]:
     sets = {"in-prefix": random.integers(0, len(addresses), KEYS), "zipf": rib.zipf(len(addresses), KEYS)}
     for name, drawn in sets.items():
         bed = Keys(rib.inside6(addresses, lengths, drawn).astype(">u8"), 16, ffi)
-        yield bed.case("lpm6", name, table.view(), functions, text)
+        yield bed.case("lpm6", name, table.view(), functions, text, 2.5)
     if lib:
         lib.fib6_free(fib)

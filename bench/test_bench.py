@@ -20,6 +20,7 @@ from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
     "churn": ("forwarding", "most"),
+    "flow": ("64 k found", "1 M found", "4 M found", "1 M made and ended", "1 M packets", "1 M flood"),
     "forward": ("full table", "beside C", "one route"),
     "hash": (
         *(f"{size} {name}" for size in ("1 k", "64 k", "1 M", "4 M") for name in ("hits", "misses")),
