@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 	@$(RUN) -m libfp demo $(ARGS)
 
 test: $(VENV)/.ready-dev
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m tests.run $(ARGS)
 
 # What can be had is installed; what is missing then is pytest's reason to skip. The kernel is downloaded, not installed.
 test-vm: $(VENV)/.ready-dev

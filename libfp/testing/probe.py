@@ -43,9 +43,12 @@ class Wire:
             self._socket.send(frame)
 
     def receive(self, wanted: Callable[[bytes], object], timeout: float = 2.0) -> bytes | None:
-        """The next frame for which `wanted` is true, others are forgotten; None after `timeout` seconds."""
+        """The next frame for which `wanted` is true, others are forgotten; None after `timeout` seconds.
+
+        With 0, None after those that are there.
+        """
         deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0 and select.select([self._socket], [], [], left)[0]:
+        while select.select([self._socket], [], [], max(deadline - time.monotonic(), 0))[0]:
             frame = self._socket.recv(65535)
             if wanted(frame):
                 return frame

@@ -159,6 +159,8 @@ def put_frame(ring: PuntRing, frame: bytes, port: int) -> None:
     try:
         memory.buffer[: len(frame)] = frame
         wait_until(lambda: ring.slots.put(memory.address, len(frame), port), what="room in the punt ring")
+        if ring.slots.sleeper():
+            ring.wake()
     finally:
         memory.close()
 
