@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from libfp.testing.wait import wait_until
 
 START_LIMIT = 120.0  # seconds; a start that compiles, on a busy machine
 TICK = os.sysconf("SC_CLK_TCK")
+_numbers = itertools.count(1)
 HUGE_PAGE = 2 << 20
 
 
@@ -177,7 +179,8 @@ class Router(Process):
 
 
 class Testpmd(Process):
-    """dpdk-testpmd on a dut: mac forwarding between two net_af_xdp ports, all its threads on one core.
+    """dpdk-testpmd on a dut: mac forwarding between d0 and d1, for each of `cores` a thread and a pair of net_af_xdp
+    ports on a queue of its own (one port on both queues is refused: a veth has no "combined" channels).
 
     `huge` is a hugetlbfs folder, None for 4 KiB pages.
     """
@@ -185,19 +188,21 @@ class Testpmd(Process):
     PROGRAM = "dpdk-testpmd"
     MEMORY = 256 << 20
 
-    def __init__(self, dut: Host, core: int, huge: str | None) -> None:
-        self._prefix = f"libfp-bench-{os.getpid()}"
+    def __init__(self, dut: Host, cores: Sequence[int], huge: str | None) -> None:
+        self._prefix, queues = f"libfp-bench-{os.getpid()}-{next(_numbers)}", len(cores)
+        places = [f"0@{cores[-1]}", *(f"{number}@{core}" for number, core in enumerate(cores, 1))]
+        ports = [f"net_af_xdp{number},iface=d{number % 2},start_queue={number // 2}" for number in range(2 * queues)]
         memory = ["--huge-dir", huge] if huge is not None else ["--no-huge"]
         command = [
             self.PROGRAM,
-            *("--lcores", f"0@{core},1@{core}"),
+            *("--lcores", ",".join(places)),
             *("-m", str(self.MEMORY >> 20), *memory),
             *("--no-pci", "--no-telemetry", "--file-prefix", self._prefix),
-            *("--vdev", "net_af_xdp0,iface=d0", "--vdev", "net_af_xdp1,iface=d1"),
+            *(f"--vdev={port}" for port in ports),
             "--",
-            *("--forward-mode=mac", "--nb-cores=1", "--total-num-mbufs=16384"),
+            *("--forward-mode=mac", f"--nb-cores={queues}", f"--total-num-mbufs={16384 * queues}"),
         ]
-        super().__init__(dut, command, {core})
+        super().__init__(dut, command, set(cores))
 
     def stop(self) -> None:
         super().stop()

@@ -30,12 +30,15 @@ INTERRUPT = signal.SIGURG  # by itself it does nothing
 
 
 class Wire:
-    """Three hosts in a `Lab`. Addresses, permanent neighbours and forwarding are set, and Linux forwards."""
+    """Three hosts in a `Lab`, joined by links of so many queues.
 
-    def __init__(self, lab: Lab, name: str = "") -> None:
+    Addresses, permanent neighbours and forwarding are set, and Linux forwards.
+    """
+
+    def __init__(self, lab: Lab, name: str = "", queues: int = 1) -> None:
         self.gen, self.dut, self.sink = (lab.host(f"{part}{name}") for part in ("gen", "dut", "sink"))
-        lab.link(self.gen, "g0", self.dut, "d0")
-        lab.link(self.dut, "d1", self.sink, "s1")
+        lab.link(self.gen, "g0", self.dut, "d0", queues=queues)
+        lab.link(self.dut, "d1", self.sink, "s1", queues=queues)
         ends = (
             (self.gen, "g0", SOURCE, self.dut, "d0", "10.0.1.1"),
             (self.sink, "s1", DESTINATION, self.dut, "d1", "10.0.2.1"),
@@ -85,9 +88,7 @@ count:
   %ttl = load i8, ptr %ttl_at
   %index = zext i8 %ttl to i64
   %counter = getelementptr i64, ptr %counts, i64 %index
-  %before = load i64, ptr %counter
-  %after = add i64 %before, 1
-  store i64 %after, ptr %counter
+  %before = atomicrmw add ptr %counter, i64 1 seq_cst
   ret i32 1
 
 other:
@@ -97,6 +98,8 @@ other:
 
 class Generator:
     """Sends a wire's frame as fast as one core can, from `start` to `stop`: the kernel itself sends, by XDP_TX.
+
+    It comes to the dut by the queue of that core's number, modulo the number of queues (veth has it so).
 
     A context manager that owns the program, for the main thread. Raises OSError where BPF_PROG_TEST_RUN has no live
     frames (before Linux 5.18).
