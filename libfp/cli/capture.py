@@ -31,8 +31,9 @@ def capture(
     """Write packets of a running instance that match FILTER to a pcapng file, until Ctrl-C.
 
     A packet that is sent is there twice: as it came in, and as it went out. The comment of each says what became of
-    it: "forward eth1", "drop blackhole", "punt ttl-expired". Interfaces are the instance's ports. FILTER is that of
-    `fp trace`, and looks at packets as they come in. What Linux itself sends and receives is not seen.
+    it: "forward eth1", "drop blackhole", "punt ttl-expired"; and with several workers, which of them had it. Interfaces
+    are the instance's ports. FILTER is that of `fp trace`, and looks at packets as they come in. What Linux itself
+    sends and receives is not seen.
     """
     watch = Watch(name, expression, snap=snap, slots=SLOTS, count=count or 0, seconds=seconds)
     written = 0
@@ -44,15 +45,17 @@ def capture(
         else:
             click.echo(f"fp: writing to {path}, until Ctrl-C", err=True)
         try:
-            for _, _, record, _ in watch:
+            by = len(watch.listener.rings) > 1  # then it is told which of them
+            for _, worker, record, _ in watch:
                 when, verdict = watch.listener.time_ns(record), str(record.verdict)
                 if (port := record.verdict.port) is not None:
                     verdict += f" {ports[port]}" if port < len(ports) else f" {port}"
+                seen = f", worker {worker}" if by else ""
                 if record.lost:
                     verdict += f", lost: {record.lost}"
-                writer.write(record.port, when, record.data, record.length, direction=INBOUND, comment=verdict)
+                writer.write(record.port, when, record.data, record.length, direction=INBOUND, comment=verdict + seen)
                 if port is not None and port < len(ports):
-                    comment = f"{verdict}, from {ports[record.port]}"
+                    comment = f"{verdict}, from {ports[record.port]}{seen}"
                     length = record.length_out
                     writer.write(port, when, record.out, length, direction=OUTBOUND, comment=comment)
                 written += 1

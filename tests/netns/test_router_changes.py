@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -252,8 +253,8 @@ def test_a_new_mac_address_of_a_port(net: Net, router: RouterProcess) -> None:
 def test_a_port_that_vanishes(net: Net) -> None:
     """A second router, for itself: the ports that remain go on, and so does the process."""
     with Lab() as lab:
-        other = Net(lab)
-        with RouterProcess(other.router, *other.PORTS) as router:
+        other = Net(lab, net.workers)
+        with RouterProcess(other.router, *other.PORTS, *other.options) as router:
             assert other.client.ping(OTHER).received == 3
             with UdpStream(other.client, other.server, SERVER, rate=RATE) as steady:
                 wait_until(lambda: steady.received > 500, timeout=20)
@@ -286,13 +287,15 @@ REACHABLE, STALE, FAILED, INCOMPLETE = 2, 4, 0x20, 1
 
 
 @pytest.fixture
-def impatient() -> Iterator[tuple[Net, RouterProcess]]:
+def impatient(workers: int) -> Iterator[tuple[Net, RouterProcess]]:
     """A router whose neighbours grow old in one to three seconds.
 
     Not in less than delay_first_probe_time: Linux would then go on probing on its own.
     """
+    if workers == 1 and len(os.sched_getaffinity(0)) > 1 and not os.environ.get("LIBFP_FULL"):
+        pytest.skip("waits for the kernel's clocks: with two workers, and with one only if LIBFP_FULL is set")
     with Lab() as lab:
-        net = Net(lab)
+        net = Net(lab, workers)
         for port in net.PORTS:
             for name, value in (
                 ("base_reachable_time_ms", 2000),
@@ -301,7 +304,7 @@ def impatient() -> Iterator[tuple[Net, RouterProcess]]:
                 ("retrans_time_ms", 200),
             ):
                 net.router.sysctl(f"net.ipv4.neigh.{port}.{name}", value)
-        with RouterProcess(net.router, *net.PORTS) as process:
+        with RouterProcess(net.router, *net.PORTS, *net.options) as process:
             yield net, process
 
 

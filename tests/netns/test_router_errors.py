@@ -58,6 +58,13 @@ def net() -> Iterator[Crossroads]:
         yield Crossroads(lab)
 
 
+@pytest.fixture(scope="module")
+def wide(workers: int) -> Iterator[Crossroads]:
+    """For the tests in which a router runs; the others are over before there is a worker, whatever their number."""
+    with Lab() as lab:
+        yield Crossroads(lab, workers)
+
+
 def refused(net: Crossroads, *arguments: str, **kwargs: Any) -> str:
     """Run ``fp router ARGUMENTS``, which must not start, and return its error."""
     before = footprint(net.router)
@@ -138,20 +145,20 @@ def test_foreign_xdp_program(net: Crossroads) -> None:
     )
 
 
-def test_second_instance(net: Crossroads) -> None:
-    with RouterProcess(net.router, "r0", "r1") as first:
+def test_second_instance(wide: Crossroads) -> None:
+    with RouterProcess(wide.router, "r0", "r1", *wide.options) as first:
         pid = first.process.pid
-        error = refused(net, "r1", "r2")
+        error = refused(wide, "r1", "r2")
         assert re.fullmatch(
             rf"fp: another libfp already runs on r1 \(XDP program libfp_steer, id \d+ held by process {pid}\); "
             rf"stop it first: kill {pid}",
             error,
         )
-        error = refused(net, "r2", "--name", first.ready["name"])
+        error = refused(wide, "r2", "--name", first.ready["name"])
         assert (
             error == f"fp: an instance named '{first.ready['name']}' is running (process {pid}); choose another --name"
         )
-        assert net.client.ping(SERVER).received == 3
+        assert wide.client.ping(SERVER).received == 3
         assert first.counters().received >= 6, "the first one has not noticed"
 
 
@@ -205,28 +212,28 @@ def test_wrong_arguments(net: Crossroads, arguments: list[str], words: str) -> N
     assert words in refused(net, *arguments)
 
 
-def test_full_table(net: Crossroads) -> None:
+def test_full_table(wide: Crossroads) -> None:
     """At start it is an error; later Linux forwards everything by itself, until there is room again."""
     for number in range(30):
-        net.router.route(f"198.18.{number}.0/24", via=SERVER)
-    error = refused(net, *net.PORTS, "--capacity", "20")
+        wide.router.route(f"198.18.{number}.0/24", via=SERVER)
+    error = refused(wide, *wide.PORTS, "--capacity", "20")
     assert error.startswith("fp: a table of 20 routes is full; ")
-    with RouterProcess(net.router, *net.PORTS, "--capacity", "64") as process:
-        assert net.client.ping(SERVER).received == 3
+    with RouterProcess(wide.router, *wide.PORTS, *wide.options, "--capacity", "64") as process:
+        assert wide.client.ping(SERVER).received == 3
 
         def fast() -> bool:
             before = process.counters().forwarded
-            assert net.client.ping(SERVER, count=10, interval=0.001).received == 10
+            assert wide.client.ping(SERVER, count=10, interval=0.001).received == 10
             return process.counters().forwarded - before >= 20
 
         wait_until(fast)
         for number in range(30, 80):
-            net.router.route(f"198.18.{number}.0/24", type="unreachable" if number % 2 else "blackhole")
+            wide.router.route(f"198.18.{number}.0/24", type="unreachable" if number % 2 else "blackhole")
         process.wait_said("Linux forwards alone: a table of 64 routes is full")
         wait_until(lambda: not fast())
-        assert udp_probe(net.client, "198.18.79.1") == IcmpError(3, 1, "10.0.1.1"), "as Linux has it"
+        assert udp_probe(wide.client, "198.18.79.1") == IcmpError(3, 1, "10.0.1.1"), "as Linux has it"
         for number in range(30, 80):
-            net.router.unroute(f"198.18.{number}.0/24", type="unreachable" if number % 2 else "blackhole")
+            wide.router.unroute(f"198.18.{number}.0/24", type="unreachable" if number % 2 else "blackhole")
         process.wait_said("forwarding again")
         wait_until(fast)
 

@@ -21,9 +21,9 @@ RATE = 3000  # datagrams a second
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Crossroads]:
+def net(workers: int) -> Iterator[Crossroads]:
     with Lab() as lab:
-        net = Crossroads(lab)
+        net = Crossroads(lab, workers)
         assert net.client.ping(SERVER).received == 3
         assert net.client.ping(OTHER).received == 3
         yield net
@@ -43,7 +43,7 @@ def test_started_and_ended_under_load(net: Crossroads, untouched: None, number: 
     """Linux, then the fast path, then Linux: what is lost on the way is what a ring may hold, and then nothing."""
     with UdpStream(net.client, net.server, SERVER, rate=RATE) as stream:
         wait_until(lambda: stream.received > 100, timeout=20)
-        with RouterProcess(net.router, *net.PORTS) as process:
+        with RouterProcess(net.router, *net.PORTS, *net.options) as process:
             name = process.ready["name"]
             assert instances()[name][0] == process.process.pid
             wait_until(lambda: process.counters().forwarded > RATE // 2)
@@ -69,7 +69,7 @@ STAGES = [
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_at_any_stage(net: Crossroads, untouched: None, stage: str) -> None:
-    with RouterProcess(net.router, *net.PORTS, "--kick", "inline", wait=False) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options, "--kick", "inline", wait=False) as process:
         process.wait_said(stage)
         process.stop(signal.SIGINT, timeout=10)
         if stage:
@@ -80,7 +80,7 @@ def test_interrupted_at_any_stage(net: Crossroads, untouched: None, stage: str) 
 
 def test_interrupted_twice(net: Crossroads, untouched: None) -> None:
     """The impatient second Ctrl-C does not cut the clean-up short."""
-    with RouterProcess(net.router, *net.PORTS) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
         process.process.send_signal(signal.SIGINT)
         process.process.send_signal(signal.SIGINT)
         process.process.send_signal(signal.SIGTERM)
@@ -92,7 +92,7 @@ def test_interrupted_twice(net: Crossroads, untouched: None) -> None:
 def test_killed(net: Crossroads, untouched: None) -> None:
     """The kernel takes back everything but the ports' features, which the next start and end put right."""
     before = {name: programs for name, (programs, _) in footprint(net.router).items()}
-    with RouterProcess(net.router, *net.PORTS) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
         process.stop(signal.SIGKILL)
     wait_until(lambda: {name: programs for name, (programs, _) in footprint(net.router).items()} == before)
     assert process.process.pid not in {pid for pid, _ in instances().values()}
@@ -110,7 +110,8 @@ def switch_on(interface: str, feature: str) -> None:
 
 
 def test_only_a_canary(net: Crossroads, untouched: None) -> None:
-    with RouterProcess(net.router, *net.PORTS, "--only", "10.0.3.0/24", "--only", "198.51.100.0/24") as process:
+    only = ("--only", "10.0.3.0/24", "--only", "198.51.100.0/24")
+    with RouterProcess(net.router, *net.PORTS, *net.options, *only) as process:
         assert net.client.ping(SERVER).received == 3
         assert process.counters().received == 0
         assert net.client.ping(OTHER).received == 3
@@ -119,16 +120,18 @@ def test_only_a_canary(net: Crossroads, untouched: None) -> None:
 
 
 def test_options_and_events(net: Crossroads, untouched: None) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    options = ["--cores", str(cores[-1]), "--kick", "helper", "--idle", "spin", "--name", f"test-{os.getpid()}"]
+    """One worker has a helper; two that spin would leave none of two cores to it, and nobody else any."""
+    cores = sorted(os.sched_getaffinity(0))[-net.workers :]
+    kick, idle = ("helper", "spin") if net.workers == 1 else ("inline", "park")
+    options = ["--cores", ",".join(map(str, cores)), "--kick", kick, "--idle", idle, "--name", f"test-{os.getpid()}"]
     with RouterProcess(net.router, "r0", "r1", *options) as process:
-        expected: dict[str, Any] = {"name": f"test-{os.getpid()}", "ports": ["r0", "r1"], "cores": cores[-1:]}
+        expected: dict[str, Any] = {"name": f"test-{os.getpid()}", "ports": ["r0", "r1"], "cores": cores}
         assert expected.items() <= process.ready.items()
-        assert process.ready["kick"] == "helper"
+        assert process.ready["kick"] == kick
         assert net.client.ping(SERVER, count=10).received == 10
         counters = process.counters()
         assert counters.forwarded >= 18
-        assert counters.workers[0]["syscalls"] == 0, "the helper makes them"
+        assert (sum(worker["syscalls"] for worker in counters.workers) == 0) == (kick == "helper"), "it makes them"
         assert process.stop() == 0
         assert process.end["forwarded"] >= counters.forwarded
 
@@ -136,8 +139,8 @@ def test_options_and_events(net: Crossroads, untouched: None) -> None:
 def test_two_instances_on_ports_of_their_own(net: Crossroads, untouched: None) -> None:
     """Each forwards between its ports; what leaves by the other's goes via Linux."""
     with (
-        RouterProcess(net.router, "r0", "r1") as first,
-        RouterProcess(net.router, "r2") as second,
+        RouterProcess(net.router, "r0", "r1", *net.options) as first,
+        RouterProcess(net.router, "r2", *net.options) as second,
     ):
         for address in (SERVER, OTHER):
             assert net.client.ping(address, count=5).received == 5

@@ -26,8 +26,8 @@ PREFIX, PREFIX6 = "10.9.9.0/24", "2001:db8:9::/48"
 class Net(Crossroads):
     """An address that both `server` and `other` have."""
 
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
+    def __init__(self, lab: Lab, workers: int) -> None:
+        super().__init__(lab, workers)
         for host, end in ((self.server, "s0"), (self.other, "o0")):
             host.address(end, f"{ANYCAST}/32")
             host.address(end, f"{ANYCAST6}/128")
@@ -41,14 +41,14 @@ class Net(Crossroads):
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
+def net(workers: int) -> Iterator[Net]:
     with Lab(ipv6=True) as lab:
-        yield Net(lab)
+        yield Net(lab, workers)
 
 
 @pytest.fixture(scope="module")
 def router(net: Net) -> Iterator[RouterProcess]:
-    with RouterProcess(net.router, *net.PORTS) as process:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as process:
         yield process
 
 
@@ -189,14 +189,16 @@ def test_fragments_take_one_path(net: Net, router: RouterProcess) -> None:
                 first = ipv4(whole[:32], src=f"10.0.1.{100 + k}", more_fragments=True, identification=k, **below)
                 last = ipv4(tag, src=f"10.0.1.{100 + k}", fragment_offset=32, identification=k, **below)
                 wire.send(first, last)
-                seen = []
-                for end in (server, other):
-                    for _ in range(2):
-                        frame = end.receive(lambda one, tag=tag: tag in one, timeout=0.05 if seen else 0.2)
-                        if frame is not None:
+                seen = list[Wire]()
+
+                def arrived(tag: bytes = tag, seen: list[Wire] = seen) -> bool:
+                    for end in (server, other):
+                        while end.receive(lambda one: tag in one, timeout=0) is not None:
                             seen.append(end)
-                assert len(seen) == 2, k
-                assert len(set(map(id, seen))) == 1, "both pieces at one host"
+                    return len(seen) == 2
+
+                wait_until(arrived, what=f"both pieces of datagram {k}")
+                assert seen[0] is seen[1], "both at one host"
     finally:
         net.router.unroute(PREFIX)
 

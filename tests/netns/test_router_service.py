@@ -49,17 +49,19 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Crossroads]:
+def net(workers: int) -> Iterator[Crossroads]:
     with Lab() as lab:
-        yield Crossroads(lab)
+        yield Crossroads(lab, workers)
 
 
-CONFIG = 'interfaces = ["r0", "r1", "r2"]\nname = "{name}"\nkick = "inline"\n'
+def config(net: Crossroads, name: str) -> str:
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-net.workers :]))
+    return f'interfaces = ["r0", "r1", "r2"]\nname = "{name}"\nkick = "inline"\ncores = "{cores}"\n'
 
 
 def test_a_service_from_its_start_to_its_end(net: Crossroads, manager: Manager, tmp_path: Path) -> None:
     path, name = tmp_path / "router.toml", f"service-{os.getpid()}"
-    path.write_text(CONFIG.format(name=name))
+    path.write_text(config(net, name))
     with RouterProcess(net.router, "--config", str(path), environment=manager.environment) as process:
         manager.wait_for("READY=1")
         assert (process.ready["name"], process.ready["kick"]) == (name, "inline")
@@ -68,7 +70,7 @@ def test_a_service_from_its_start_to_its_end(net: Crossroads, manager: Manager, 
         manager.wait_for("WATCHDOG=1", 3)
         assert net.client.ping(net.SERVER).received == 3
 
-        path.write_text(CONFIG.format(name="other") + 'log = "debug"\nbypass = true\nidle = "spin"\n')
+        path.write_text(config(net, "other") + 'log = "debug"\nbypass = true\nidle = "spin"\n')
         process.process.send_signal(signal.SIGHUP)
         process.wait_said("configuration read again; changed: log, bypass")
         process.wait_said("changed in the configuration, but not without a restart: idle, name")
@@ -88,7 +90,7 @@ def test_a_service_from_its_start_to_its_end(net: Crossroads, manager: Manager, 
 
 def test_the_command_line_goes_over_the_file(net: Crossroads, tmp_path: Path) -> None:
     path = tmp_path / "router.toml"
-    path.write_text(CONFIG.format(name="in-the-file"))
+    path.write_text(config(net, "in-the-file"))
     name = f"given-{os.getpid()}"
     with RouterProcess(net.router, "r0", "r2", "--config", str(path), "--name", name) as process:
         assert process.ready["name"] == name
@@ -98,7 +100,7 @@ def test_the_command_line_goes_over_the_file(net: Crossroads, tmp_path: Path) ->
 def test_policies_that_a_reload_lets_be_obeyed_again(net: Crossroads, tmp_path: Path) -> None:
     """`bypass` is on, off and on again while a policy rule is there."""
     path = tmp_path / "router.toml"
-    text = CONFIG.format(name=f"bypass-{os.getpid()}")
+    text = config(net, f"bypass-{os.getpid()}")
     path.write_text(text + "bypass = true\n")
     net.router.netlink("rule", "add", iifname="r0", table=100, priority=100)
     try:

@@ -22,9 +22,9 @@ SERVER = Crossroads.SERVER
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Crossroads]:
+def net(workers: int) -> Iterator[Crossroads]:
     with Lab() as lab:
-        net = Crossroads(lab)
+        net = Crossroads(lab, workers)
         net.router.route("198.51.100.0/24", via=SERVER)
         yield net
 
@@ -35,7 +35,7 @@ def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_verify_compares_a_running_router_with_the_kernel(net: Crossroads) -> None:
-    with RouterProcess(net.router, *net.PORTS) as router:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as router:
         name = router.ready["name"]
         found = verify(name)
         assert found.returncode == 0, found.stderr
@@ -63,7 +63,7 @@ raise SystemExit(main())
 
 def test_verify_names_an_entry_that_is_missing(net: Crossroads) -> None:
     """A router that has lost a route from its tables behind its own back."""
-    with RouterProcess(net.router, *net.PORTS, command=(sys.executable, "-c", DAMAGED)) as router:
+    with RouterProcess(net.router, *net.PORTS, *net.options, command=(sys.executable, "-c", DAMAGED)) as router:
         found = verify(router.ready["name"])
         assert found.returncode == 1, found.stderr
         assert "198.51.100.0/24" in found.stdout
@@ -72,7 +72,7 @@ def test_verify_names_an_entry_that_is_missing(net: Crossroads) -> None:
         assert router.stop(signal.SIGTERM) == 0
 
 
-def test_help_names_both(net: Crossroads) -> None:
+def test_help_names_both() -> None:
     for arguments, text in ((["--help"], "fp router verify"), (["verify", "--help"], "Usage: fp router verify")):
         command = [sys.executable, "-m", "libfp", "router", *arguments]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -82,7 +82,7 @@ def test_help_names_both(net: Crossroads) -> None:
 def test_progress_in_a_log_is_a_few_lines(net: Crossroads) -> None:
     rows = np.array([((100 << 24) + (i << 8), 0, 24) for i in range(120_000)])
     net.router.call(fill, rows, 32, [socket.inet_aton(SERVER)], net.router.index("r1"))
-    with RouterProcess(net.router, *net.PORTS) as router:
+    with RouterProcess(net.router, *net.PORTS, *net.options) as router:
         router.wait_said("of 120,0")
         lines = [line for line in router.said().splitlines() if "routes" in line]
         assert any("routes are in the tables" in line for line in lines)

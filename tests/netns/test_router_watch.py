@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scapy.all import IP, RawPcapNgReader, rdpcap
 
+from libfp.engine.stats import Counters
 from libfp.testing.netns import Lab, wait_until
+from libfp.testing.probe import Arrivals
 from libfp.testing.router import Crossroads, RouterProcess
 from libfp.testing.traffic import UdpStream
 
@@ -23,6 +27,8 @@ pytestmark = pytest.mark.timeout(120)
 
 CLIENT, SERVER = Crossroads.CLIENT, Crossroads.SERVER
 BEHIND, HOLE = "198.51.100.7", "203.0.113.9"
+UNANSWERED = {"count": 1, "timeout": 0.1}  # options of a ping
+FLOWS, PORT = 64, 5016  # enough that each worker has some
 
 
 class Net(Crossroads):
@@ -60,10 +66,12 @@ def taps(router: RouterProcess) -> int:
     return -(-mapped // len(router.ready["cores"]))
 
 
-def trace(net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Sequence[Any] = ()) -> str:
+def trace(
+    net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Mapping[str, Any] | None = None
+) -> str:
     process = fp(router, "trace", "-c", str(count), *words)
     wait_until(lambda: taps(router) == 1, 20, "the tap to open")
-    net.client.ping(to, *ping)
+    net.client.ping(to, **(ping or {}))
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     return out
@@ -84,7 +92,7 @@ def test_neighbours_and_blackholes_decide_too(net: Net, router: RouterProcess) -
     told = json.loads(out)
     assert told["entry"] == f"neighbour {SERVER} lladdr {net.server.mac('s0')} dev r1"
     assert told["verdict"] == "forward r1"
-    told = json.loads(trace(net, router, HOLE, 1, "--json", f"dst host {HOLE}"))
+    told = json.loads(trace(net, router, HOLE, 1, "--json", f"dst host {HOLE}", ping=UNANSWERED))
     assert (told["verdict"], told["entry"]) == ("drop blackhole", "203.0.113.0/24 blackhole")
     assert [step["stage"] for step in told["stages"]] == ["parse", "forward"]
 
@@ -95,7 +103,7 @@ def test_ipv6_and_multipath_routes_are_named(net: Net, router: RouterProcess) ->
     assert told["summary"].startswith(f"IPv6 {net.CLIENT6} > {net.SERVER6}, ICMPv6 echo request, hop limit 64")
     assert told["stages"][0]["did"] == "a sound IPv6 header"
     assert told["entry"] == f"neighbour {net.SERVER6} lladdr {net.server.mac('s0')} dev r1"
-    told = json.loads(trace(net, router, "192.0.2.200", 1, "--json", "dst host 192.0.2.200"))
+    told = json.loads(trace(net, router, "192.0.2.200", 1, "--json", "dst host 192.0.2.200", ping=UNANSWERED))
     assert told["verdict"] in ("forward r1", "forward r2")
     by = {"forward r1": f"via {SERVER} dev r1", "forward r2": f"via {net.OTHER} dev r2"}[told["verdict"]]
     assert told["entry"] == f"192.0.2.0/24 {by} (of 2 paths)"
@@ -115,7 +123,7 @@ def test_both_directions_with_verdicts_in_a_file(net: Net, router: RouterProcess
     process = fp(router, "capture", "-w", str(path), "icmp and host 10.0.1.2")
     wait_until(lambda: taps(router) == 1, 20, "the tap to open")
     net.client.ping(BEHIND)
-    net.client.ping(HOLE, count=1)
+    net.client.ping(HOLE, **UNANSWERED)
     with UdpStream(net.client, net.server, SERVER, rate=1000, count=100) as stream:
         assert stream.wait().lost == 0  # not to be in the file
     process.send_signal(signal.SIGINT)
@@ -125,13 +133,15 @@ def test_both_directions_with_verdicts_in_a_file(net: Net, router: RouterProcess
     packets = rdpcap(str(path))
     assert len(packets) == 2 * 6 + 1
     with RawPcapNgReader(str(path)) as reader:
-        comments = [(b"".join(meta.comments), meta.ifname, meta.direction) for _, meta in reader]
+        told = [(b"".join(meta.comments), meta.ifname, meta.direction) for _, meta in reader]
+    comments = [(re.sub(rb", worker [01]$", b"", comment), *rest) for comment, *rest in told]
+    assert (comments != told) == (net.workers > 1)
     for seen in (
         (b"forward r1", b"r0", 1), (b"forward r1, from r0", b"r1", 2),
         (b"forward r0", b"r1", 1), (b"forward r0, from r1", b"r0", 2),
     ):  # fmt: skip
         assert comments.count(seen) == 3, comments
-    assert comments[-1] == (b"drop blackhole", b"r0", 1)
+    assert comments.count((b"drop blackhole", b"r0", 1)) == 1
     assert [packet[IP].ttl for packet in packets[:2]] == [64, 63]
     assert abs(float(packets[0].time) - path.stat().st_mtime) < 60
     done = subprocess.run(["tcpdump", "-n", "-r", str(path)], capture_output=True, text=True, check=True)
@@ -146,6 +156,53 @@ def test_a_capture_ends_after_so_many(net: Net, router: RouterProcess, tmp_path:
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert len(rdpcap(str(tmp_path / "x"))) == 4
+
+
+def flows(net: Net) -> None:
+    """A datagram of each of some flows, for the client's kernel to spread over its queues."""
+    with Arrivals(net.server, port=PORT) as arrivals, contextlib.ExitStack() as stack:
+        for number in range(FLOWS):
+            stack.enter_context(net.client.socket()).sendto(number.to_bytes(8, "big"), (SERVER, PORT))
+        wait_until(lambda: len(arrivals.take()) == FLOWS, what="every datagram")
+
+
+def counted(router: RouterProcess, before: Counters) -> list[int]:
+    """How many each worker has received since."""
+    pairs = zip(router.counters().workers, before.workers, strict=True)
+    return [now["received"] - then["received"] for now, then in pairs]
+
+
+def test_packets_of_every_worker_are_in_one_trace(net: Net, router: RouterProcess) -> None:
+    """Each with the worker that had it, which is the one that has counted it."""
+    net.client.ping(SERVER)
+    process = fp(router, "trace", "--json", "-c", str(FLOWS), f"udp dport {PORT}")
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    before = router.counters()
+    flows(net)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    told = [json.loads(line) for line in out.splitlines()]
+    assert len({one["summary"] for one in told}) == FLOWS, "each flow once"
+    by = Counter(one["worker"] for one in told)
+    assert [by[worker] for worker in range(net.workers)] == counted(router, before)
+    assert min(by.values()) >= FLOWS // net.workers // 4
+
+
+def test_packets_of_every_worker_are_in_one_capture(net: Net, router: RouterProcess, tmp_path: Path) -> None:
+    path = tmp_path / "out.pcapng"
+    net.client.ping(SERVER)
+    process = fp(router, "capture", "-w", str(path), "-c", str(FLOWS), f"udp dport {PORT}")
+    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    before = router.counters()
+    flows(net)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    with RawPcapNgReader(str(path)) as reader:
+        comments = Counter(b"".join(meta.comments).decode() for _, meta in reader)
+    workers = [f", worker {number}" for number in range(net.workers)] if net.workers > 1 else [""]
+    for worker, count in zip(workers, counted(router, before), strict=True):
+        assert comments.pop(f"forward r1{worker}") == comments.pop(f"forward r1, from r0{worker}") == count
+    assert not comments
 
 
 def test_the_time_of_each_stage(net: Net, router: RouterProcess) -> None:
