@@ -66,6 +66,12 @@ def taps(router: RouterProcess) -> int:
     return -(-mapped // len(router.ready["cores"]))
 
 
+def wait_open(process: subprocess.Popen[str], router: RouterProcess) -> None:
+    """Until the reader maps the rings too: by then it has the router's answer, and every worker its ring."""
+    maps, workers = Path(f"/proc/{process.pid}/maps"), len(router.ready["cores"])
+    wait_until(lambda: maps.read_text().count("memfd:libfp-tap") == workers, 20, "the tap to open")
+
+
 def trace(
     net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Mapping[str, Any] | None = None
 ) -> str:
