@@ -17,15 +17,17 @@ from libfp.jit import (
     load32,
     load64,
     mul64,
+    mulhi64,
     popcount64,
     prefetch,
     shl64,
+    shr64,
     store_release32,
     store_release64,
     u32,
     without_lowest64,
 )
-from libfp.tables.buckets import first_bucket, product, scramble, second_bucket, tag_of
+from libfp.tables.buckets import K3, product, scramble, tag_of
 from libfp.tables.flow_record import (
     ASSURED,
     BUCKETS,
@@ -87,9 +89,15 @@ def hash_of(table, words, key):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def first_bucket(hashed, buckets):  # type: ignore[no-untyped-def]
+    """The first bucket of a key."""
+    return shr64(mul64(shr64(hashed, 32), buckets), 32)
+
+
+@kernel
 def other_bucket(hashed, first, buckets):  # type: ignore[no-untyped-def]
     """The second bucket of a key, never its first."""
-    second = second_bucket(hashed, buckets)
+    second = mulhi64(mul64(hashed, K3), buckets)
     if second != first:
         return second
     return first + 1 if first + 1 < buckets else 0

@@ -28,13 +28,14 @@ from libfp.jit import (
     unlikely,
     word,
 )
-from libfp.tables.buckets import first_bucket, tag_of
+from libfp.tables.buckets import tag_of
 from libfp.tables.flow_record import BUCKETS, TAGS, expired, record_of
 from libfp.tables.flow_table import (
     candidates,
     enter,
     entry_of,
     find,
+    first_bucket,
     hash_of,
     is_key,
     is_there,
