@@ -80,7 +80,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         config.cache.set(key, [counts, failed])
     elif before := config.cache.get(key, None):
         terminalreporter.section("both parts")
-        terminalreporter.write_line("\n".join(before[1] + failed))
+        for line in before[1] + failed:
+            terminalreporter.write_line(line)
         terminalreporter.write_line(
             ", ".join(f"{before[0][kind] + n} {kind}" for kind, n in counts.items() if before[0][kind] + n)
         )

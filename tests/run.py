@@ -7,6 +7,7 @@ The exit status is pytest's: 0, 1 when a test has failed, 5 when neither run has
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -28,7 +29,5 @@ def main(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except KeyboardInterrupt:  # pytest has told, and ended
-        sys.exit(2)
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # is for pytest, which cleans up, and tells
+    sys.exit(main(*sys.argv[1:]))

@@ -66,11 +66,17 @@ def taps(router: RouterProcess) -> int:
     return -(-mapped // len(router.ready["cores"]))
 
 
+def wait_open(process: subprocess.Popen[str], router: RouterProcess) -> None:
+    """Until the reader maps the rings too: by then it has the router's answer, and every worker its ring."""
+    maps, workers = Path(f"/proc/{process.pid}/maps"), len(router.ready["cores"])
+    wait_until(lambda: maps.read_text().count("memfd:libfp-tap") == workers, 20, "the tap to open")
+
+
 def trace(
     net: Net, router: RouterProcess, to: str, count: int, *words: str, ping: Mapping[str, Any] | None = None
 ) -> str:
     process = fp(router, "trace", "-c", str(count), *words)
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     net.client.ping(to, **(ping or {}))
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -111,7 +117,7 @@ def test_ipv6_and_multipath_routes_are_named(net: Net, router: RouterProcess) ->
 
 def test_a_trace_that_is_killed_leaves_nothing_open(net: Net, router: RouterProcess) -> None:
     process = fp(router, "trace")
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     process.kill()
     process.communicate()
     wait_until(lambda: taps(router) == 0, 20, "the tap to close")
@@ -121,7 +127,7 @@ def test_a_trace_that_is_killed_leaves_nothing_open(net: Net, router: RouterProc
 def test_both_directions_with_verdicts_in_a_file(net: Net, router: RouterProcess, tmp_path: Path) -> None:
     path = tmp_path / "out.pcapng"
     process = fp(router, "capture", "-w", str(path), "icmp and host 10.0.1.2")
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     net.client.ping(BEHIND)
     net.client.ping(HOLE, **UNANSWERED)
     with UdpStream(net.client, net.server, SERVER, rate=1000, count=100) as stream:
@@ -151,7 +157,7 @@ def test_both_directions_with_verdicts_in_a_file(net: Net, router: RouterProcess
 
 def test_a_capture_ends_after_so_many(net: Net, router: RouterProcess, tmp_path: Path) -> None:
     process = fp(router, "capture", "-w", str(tmp_path / "x"), "-c", "2", "icmp")
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     net.client.ping(BEHIND)
     process.communicate(timeout=30)
     assert process.returncode == 0
@@ -176,7 +182,7 @@ def test_packets_of_every_worker_are_in_one_trace(net: Net, router: RouterProces
     """Each with the worker that had it, which is the one that has counted it."""
     net.client.ping(SERVER)
     process = fp(router, "trace", "--json", "-c", str(FLOWS), f"udp dport {PORT}")
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     before = router.counters()
     flows(net)
     out, err = process.communicate(timeout=30)
@@ -192,7 +198,7 @@ def test_packets_of_every_worker_are_in_one_capture(net: Net, router: RouterProc
     path = tmp_path / "out.pcapng"
     net.client.ping(SERVER)
     process = fp(router, "capture", "-w", str(path), "-c", str(FLOWS), f"udp dport {PORT}")
-    wait_until(lambda: taps(router) == 1, 20, "the tap to open")
+    wait_open(process, router)
     before = router.counters()
     flows(net)
     _, err = process.communicate(timeout=30)
