@@ -22,7 +22,8 @@ TOGETHER = (
     "stress/test_shared_ring.py", "netns/test_ethtool.py", "netns/test_guard.py", "netns/test_linux.py",
     "netns/test_mirror.py", "netns/test_mirror_ipv6.py", "netns/test_mirror_oracle.py", "netns/test_probe.py",
     "netns/test_punt.py", "netns/test_pyxdp.py", "netns/test_readme.py", "netns/test_router_errors.py",
-    "netns/test_router_punts.py", "netns/test_router_service.py", "netns/test_router_verify.py",
+    "netns/test_router_multipath.py", "netns/test_router_punts.py", "netns/test_router_service.py",
+    "netns/test_router_verify.py",
     "netns/test_router_watch.py", "netns/test_steer.py", "netns/test_steer_program.py",
     # what these compile, others find compiled
     "netns/test_demo.py::test_demo_without_its_capabilities_runs_over_memory_ports_and_says_why",
@@ -80,7 +81,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         config.cache.set(key, [counts, failed])
     elif before := config.cache.get(key, None):
         terminalreporter.section("both parts")
-        terminalreporter.write_line("\n".join(before[1] + failed))
+        for line in before[1] + failed:
+            terminalreporter.write_line(line)
         terminalreporter.write_line(
             ", ".join(f"{before[0][kind] + n} {kind}" for kind, n in counts.items() if before[0][kind] + n)
         )
