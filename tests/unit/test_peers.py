@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +23,21 @@ def without(programs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.shutil, "which", lambda name: None if name in programs else f"/usr/bin/{name}")
 
 
+def build(compiler: str = "gcc") -> Path:
+    return peers._build(compiler, [peers.HERE / "forward.c"])
+
+
 @pytest.mark.parametrize("program", ["gcc", "pkg-config"])
 def test_without_a_compiler_it_is_skipped_with_the_remedy(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without([program], monkeypatch)
     with pytest.raises(peers.Skipped, match=f"{program} is not installed; apt-get install dpdk-dev gcc pkg-config"):
-        peers._build()
+        build()
+
+
+def test_clang_is_named_where_it_is_clang_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(["clang"], monkeypatch)
+    with pytest.raises(peers.Skipped, match="clang is not installed; apt-get install dpdk-dev clang pkg-config"):
+        build("clang")
 
 
 def test_without_dpdk_it_is_skipped_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +45,7 @@ def test_without_dpdk_it_is_skipped_with_the_remedy(monkeypatch: pytest.MonkeyPa
     refused = subprocess.CompletedProcess((), 1, "", "Package libdpdk was not found")
     monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: refused)
     with pytest.raises(peers.Skipped, match="apt-get install dpdk-dev gcc pkg-config"):
-        peers._build()
+        build()
 
 
 def test_what_gcc_refuses_is_no_skip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +54,7 @@ def test_what_gcc_refuses_is_no_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_FLAGS", ("-shared", "-no-such-flag"))
     try:
         with pytest.raises(Error, match="cannot compile"):
-            peers._build()
+            build()
     except peers.Skipped as reason:
         pytest.skip(str(reason))
 
