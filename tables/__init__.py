@@ -1,5 +1,7 @@
 """Tables that are looked up hot and changed cold: one file per table."""
 
+from libfp.tables.acl import Acl, AclView
+from libfp.tables.acl_rule import Rule
 from libfp.tables.flow import Flow, FlowCounts, FlowInfo, FlowKey, FlowPart
 from libfp.tables.flow_record import FlowEntry
 from libfp.tables.flow_view import FlowView
@@ -10,6 +12,8 @@ from libfp.tables.per_worker import PerWorker
 from libfp.tables.table import Table
 
 __all__ = [
+    "Acl",
+    "AclView",
     "Flow",
     "FlowCounts",
     "FlowEntry",
@@ -24,6 +28,7 @@ __all__ = [
     "Lpm6",
     "Lpm6View",
     "PerWorker",
+    "Rule",
     "Table",
     "WideHashView",
 ]

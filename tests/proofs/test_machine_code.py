@@ -17,7 +17,7 @@ from libfp.jit.primitive import I64, declare, primitive
 from libfp.packet.burst import Burst
 from libfp.rings import Mpmc, Mpsc, Spsc
 from libfp.stages import Routes, by_flow, forward, parse
-from libfp.tables import Flow, Hash
+from libfp.tables import Acl, Flow, Hash
 from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
 
 pytestmark = [
@@ -33,10 +33,17 @@ def deny(packet, blocked):  # type: ignore[no-untyped-def]
         packet.drop("denied")
 
 
+@stage
+def screen(packet, acl):  # type: ignore[no-untyped-def]
+    if acl.classify(packet) == 1:
+        packet.drop("screened")
+
+
 @pytest.fixture(scope="module")
 def router() -> Pipeline:
-    """The walking skeleton: parse, a hash table, a forwarding table."""
-    return Pipeline(parse, deny(Hash(key="ipv4", capacity=64)), forward(Routes(routes=1000, next_hops=16)))
+    """The walking skeleton: parse, a hash table, a classifier, a forwarding table."""
+    tables = Hash(key="ipv4", capacity=64), Acl(capacity=64)
+    return Pipeline(parse, deny(tables[0]), screen(tables[1]), forward(Routes(routes=1000, next_hops=16)))
 
 
 def short(names: tuple[str, ...]) -> str:
@@ -48,7 +55,7 @@ def test_no_lock_and_no_call_with_a_helper(router: Pipeline) -> None:
     assert report.findings == ()
     assert report.indirect == 0, report.where
     assert report.calls <= {"memcpy"}, "the copy into the punt ring"
-    for part in ("loop", "forwarding7forward", "lookup", "find_word"):
+    for part in ("loop", "forwarding7forward", "lookup", "find_word", "acl"):
         assert part in short(report.functions), "or it was not read, and nothing is proven"
 
 
@@ -298,6 +305,19 @@ def test_flows_lock_and_call_nothing() -> None:
     assert (report.indirect, report.calls) == (0, set()), report.where
     for one in ("least_worthy", "look_on"):
         assert one in short(report.functions), "or it was not read, and nothing is proven"
+
+
+@kernel
+def _classification(view, headers, results, count):  # type: ignore[no-untyped-def]
+    view.lookup_burst(headers, results, count)
+
+
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_classification_locks_and_calls_nothing(family: str) -> None:
+    report = check(*compile_afresh(_classification, (Acl(capacity=10, family=family).view(), 0, 0, 64)))
+    assert report.findings == ()
+    assert (report.indirect, report.calls) == (0, set()), report.where
+    assert "find" in short(report.functions), "or it was not read, and nothing is proven"
 
 
 # The reader, on assembly by hand.
