@@ -15,6 +15,7 @@ from libfp.errors import BadInput, Error
 
 #: Name -> module with ``cases()``.
 BENCHES = {
+    "acl": "packet classification by ClassBench's rules, beside rte_acl",
     "churn": "route changes that a worker takes in under full load",
     "flow": "flows found, made and ended, beside rte_hash; and in a flood",
     "forward": "the full IPv4 forwarding compute: stages beside one flat kernel, and beside C over rte_fib",

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from bench import acl_rules
 from bench.__main__ import BENCHES
 from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
 
 CASES = {
+    "acl": tuple(f"{name} {kind}" for name in acl_rules.SETS for kind in ("trace", "uniform", "build")),
     "churn": ("forwarding", "most"),
     "flow": ("64 k found", "1 M found", "4 M found", "1 M made and ended", "1 M packets", "1 M flood"),
     "forward": ("full table", "beside C", "one route"),
