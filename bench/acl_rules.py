@@ -1,4 +1,4 @@
-"""ClassBench rules and headers: the real sets of $LIBFP_DATA, or made-up ones of their shape.
+"""ClassBench rules and headers: the sets of $LIBFP_DATA.
 
 A rule is a row of ten numbers: source, its length, destination, its length, source ports from and to, destination ports
 from and to, protocol, its mask. A header is 16 bytes as on the wire: see `libfp.tables.acl`.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from libfp.errors import Error
 from libfp.tables import Rule
 
 SETS = ("acl 1k", "fw 1k", "ipc 1k", "acl 10k", "fw 10k")
@@ -46,7 +47,8 @@ def _path(name: str, ending: str) -> Path | None:
 def rules(name: str) -> np.ndarray:
     """The rules of a set, first match first: int64, shape (n, 10)."""
     path = _path(name, ".rules")
-    assert path, f"$LIBFP_DATA holds no {name}"
+    if path is None:
+        raise Error(f"there is no rule set {name!r}", "set LIBFP_DATA to a folder that holds acl/")
     rows = []
     for line in _read(path):
         match = _RULE.match(line)
