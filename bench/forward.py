@@ -22,7 +22,7 @@ from libfp.engine.state import WorkerState
 from libfp.jit import Arena, clock_hz, load64, store64
 from libfp.packet.burst import BURST
 from libfp.ports.memory import MemoryPort
-from libfp.ports.rings import FLIGHT_LIMIT
+from libfp.ports.rings import COUNTERS, FLIGHT_LIMIT, TX_PACKETS
 from libfp.stages import Forward, Routes, forward, parse
 
 FRAMES, STRIDE, CHUNKS = 8192, 128, 128
@@ -64,7 +64,7 @@ class Bed:
         return self._ns(ticks)
 
     def _all_forwarded(self) -> None:
-        sent = sum(load64(self._counters.address + 64 + 64 * port + 16) for port in range(2))
+        sent = sum(load64(load64(self.state.blocks.rings(port).at + COUNTERS) + TX_PACKETS) for port in range(2))
         before, self._sent = getattr(self, "_sent", 0), sent
         assert sent - before == FRAMES * CHUNKS, f"{sent - before} of {FRAMES * CHUNKS} packets were forwarded"
 

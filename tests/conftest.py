@@ -27,7 +27,7 @@ TOGETHER = (
     "netns/test_router_watch.py", "netns/test_steer.py", "netns/test_steer_program.py",
     # what these compile, others find compiled
     "netns/test_demo.py::test_demo_without_its_capabilities_runs_over_memory_ports_and_says_why",
-    "netns/test_router_life.py::test_options_and_events", "netns/test_router_ipv6.py",
+    "netns/test_router_life.py::test_options_and_events",
     "netns/test_router_workers.py::test_more_workers_than_queues_are_refused",
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ from libfp.engine.context import (
 )
 from libfp.engine.handoff import rouse, sleeps, waits
 from libfp.engine.loop import MSG_DONTWAIT, PARK_MILLISECONDS
-from libfp.engine.punt import PuntSlots
+from libfp.engine.punt import slots_of
 from libfp.jit import Arena, call, entry, kernel, load64, load_acquire64, pause, store64, store_release64
 from libfp.ports.rings import FD
 
@@ -63,7 +63,7 @@ def _help(control, contexts, count, woken, fds):  # type: ignore[no-untyped-def]
                     call(load64(context.at + LIBC_RECV), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
                     calls += 1
             ring = load64(context.at + PUNT_RING)
-            if ring != 0 and PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
+            if ring != 0 and slots_of(ring).sleeper():
                 call(load64(context.at + LIBC_WRITE), load64(ring + 24), ring + 32, 8, 0, 0, 0)
                 calls += 1
             lending = load64(context.at + LENDING)

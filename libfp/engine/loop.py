@@ -19,7 +19,7 @@ from libfp.engine.context import (
     Context,
 )
 from libfp.engine.handoff import nap, nothing_lent, waits
-from libfp.engine.punt import PuntSlots
+from libfp.engine.punt import slots_of
 from libfp.jit import call, kernel, load64, store_release64
 from libfp.packet.burst import Burst
 from libfp.ports.rings import FD
@@ -56,7 +56,7 @@ def kick(context: Context, port: int) -> None:
         call(load64(context.at + LIBC_RECV), load64(rings.at + FD), 0, 0, MSG_DONTWAIT, 0, 0)
         context.count(SYSCALLS, 1)
     ring = load64(context.at + PUNT_RING)
-    if ring != 0 and PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16)).sleeper():
+    if ring != 0 and slots_of(ring).sleeper():
         wake_slow_path(context, ring)
 
 

@@ -17,7 +17,9 @@ from libfp.jit import (
     call,
     copy,
     entry,
+    kernel,
     load32,
+    load64,
     load_acquire32,
     native,
     store32,
@@ -56,6 +58,12 @@ class PuntSlots:
         """Whether packets wait while the consumer sleeps."""
         waiting = load32(self.at + _PRODUCER) != load_acquire32(self.at + _CONSUMER)
         return waiting and load_acquire32(self.at + _SLEEPING) != 0
+
+
+@kernel
+def slots_of(ring: int) -> PuntSlots:
+    """The ring that a worker's context describes at address `ring`: three words."""
+    return PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16))
 
 
 @entry

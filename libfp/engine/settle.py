@@ -17,7 +17,7 @@ from libfp.engine.context import (
     STATISTICS,
     Context,
 )
-from libfp.engine.punt import PuntSlots
+from libfp.engine.punt import slots_of
 from libfp.engine.reasons import number_of, take_token
 from libfp.engine.slots import DELIVERED, OVER_RATE, RING_FULL
 from libfp.engine.tap import tap_end, tap_move
@@ -186,7 +186,7 @@ def _punt(context: Context, burst: Burst, i: int, verdict: int) -> int:
         return OVER_RATE
     ring = load64(context.at + PUNT_RING)
     if ring != 0:
-        slots = PuntSlots(load64(ring), load64(ring + 8), load64(ring + 16))
+        slots = slots_of(ring)
         if not slots.put(burst.data(i), burst.length(i), burst.port):
             _count(context, _PUNT_FULL)
             return RING_FULL

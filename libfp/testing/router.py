@@ -49,8 +49,9 @@ class Crossroads:
 
     def __init__(self, lab: Lab, workers: int = 1) -> None:
         self.lab, self.router, self.workers = lab, lab.host("router"), workers
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
-        self.options = ("--cores", cores, "--kick", "inline") if workers > 1 else ()
+        #: Of the workers, where there are several; one worker finds its own.
+        self.cores = sorted(os.sched_getaffinity(0))[:workers] if workers > 1 else None
+        self.options = ("--cores", ",".join(map(str, self.cores)), "--kick", "inline") if self.cores else ()
         self._sinks: list[socket.socket] = []
         for scope in ("all", "default"):  # not what this machine happens to have
             self.router.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)

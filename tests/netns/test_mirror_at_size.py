@@ -39,8 +39,8 @@ GIGABYTE = 1e9
 
 
 class Net(Crossroads):
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
+    def __init__(self, lab: Lab, workers: int = 1) -> None:
+        super().__init__(lab, workers)
         self.server.address("lo", f"{STEADY}/32")
         self.router.route("198.51.100.0/24", via=SERVER)
         self.link = self.router.index(self.PORTS[1])
@@ -65,11 +65,12 @@ class Net(Crossroads):
 
 
 @pytest.fixture
-def net() -> Iterator[Net]:
+def net(request: pytest.FixtureRequest) -> Iterator[Net]:
     with Lab() as lab:
-        yield Net(lab)
+        yield Net(lab, getattr(request, "param", 1))
 
 
+@pytest.mark.parametrize("net", [1, 2], ids=["one", "two"], indirect=True)
 @pytest.mark.timeout(120)
 def test_overruns_under_load_lose_no_packet(
     net: Net, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -79,7 +80,7 @@ def test_overruns_under_load_lose_no_packet(
     with (
         net.router.enter(),
         Linux(*net.PORTS) as linux,
-        Pipeline(parse, forward(linux)).start(linux.ports, idle="park") as app,
+        Pipeline(parse, forward(linux)).start(linux.ports, net.cores, idle="park") as app,
     ):
         assert net.client.ping(STEADY, count=3).received == 3
         with UdpStream(net.client, net.server, STEADY, rate=RATE) as steady:
@@ -203,6 +204,7 @@ class Gate:
 LATER, SHORT = "203.0.113.7", "192.0.0.0/3"  # an address of the server, and a prefix that holds STEADY, too
 
 
+@pytest.mark.parametrize("net", [1, 2], ids=["one", "two"], indirect=True)
 def test_packets_are_forwarded_from_the_first_route_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two steps: by the fast path where the tables have the route, else by Linux, and none is lost."""
     monkeypatch.setattr("libfp.linux.fib.CHUNK", 8)
@@ -216,7 +218,7 @@ def test_packets_are_forwarded_from_the_first_route_on(net: Net, monkeypatch: py
     with (
         net.router.enter(),
         Linux(*net.PORTS, progress=gate.progress, wait=False) as linux,
-        Pipeline(parse, forward(linux)).start(linux.ports, idle="park") as app,
+        Pipeline(parse, forward(linux)).start(linux.ports, net.cores, idle="park") as app,
         contextlib.closing(gate),
     ):
         linux.wait_forwarding(30)
@@ -252,7 +254,10 @@ def test_packets_are_forwarded_from_the_first_route_on(net: Net, monkeypatch: py
 
 @pytest.mark.timeout(240)
 def test_full_table(data: Path) -> None:
-    """Every route of a full table, IPv4 and IPv6, forwarded by one worker in a process of less than a gigabyte."""
+    """Every route of a full table, IPv4 and IPv6, forwarded by one worker in a process of less than a gigabyte.
+
+    A second worker would have a replica of all tables: the promise is made for one.
+    """
     with Lab() as lab:
         table = Table(lab)
         high, _, _ = table.rows[32][0].tolist()

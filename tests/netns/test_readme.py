@@ -21,12 +21,14 @@ APPLICATION, UNIT_TEST, AF_XDP = BLOCKS
 
 
 @pytest.fixture
-def lab():
-    """client -- (eth0 router eth1) -- server; the client has the address that the README blocks, too."""
+def lab(request):
+    """client -- (eth0 router eth1) -- server; the client has the address that the README blocks, too. The parameter is
+    how many queues a wire has."""
+    queues = getattr(request, "param", 1)
     with Lab() as lab:
         client, router, server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(client, "c0", router, "eth0")
-        lab.link(router, "eth1", server, "s0")
+        lab.link(client, "c0", router, "eth0", queues=queues)
+        lab.link(router, "eth1", server, "s0", queues=queues)
         client.address("c0", "10.0.1.2/24")
         client.address("c0", "192.0.2.7/32")
         router.address("eth0", "10.0.1.1/24")
@@ -55,9 +57,11 @@ def running(process):
 
 
 @pytest.mark.timeout(120)
-def test_the_application(lab):
+@pytest.mark.parametrize(("lab", "workers"), [(1, 1), (2, 2)], ids=["one", "two"], indirect=["lab", "workers"])
+def test_the_application(lab, workers):
     client, router, _ = lab
-    code, replaced = re.subn(r"cores=\[2, 3\]", f"cores=[{max(os.sched_getaffinity(0))}]", APPLICATION)
+    cores = sorted(os.sched_getaffinity(0))[-workers:]
+    code, replaced = re.subn(r"cores=\[2, 3\]", f"cores={cores}", APPLICATION)
     assert replaced == 1
     process = router.popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     reader = wait_until(lambda: running(process), 60, "the application to run")
