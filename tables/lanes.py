@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 
 from libfp.jit.primitive import I8, I32, I64, declare
 
 LANES = 8
 WORDS, HALVES = ir.VectorType(I64, LANES), ir.VectorType(I32, LANES)
-_MASK, _POINTERS = ir.VectorType(ir.IntType(1), LANES), ir.VectorType(I8.as_pointer(), LANES)
+MASK, _POINTERS = ir.VectorType(ir.IntType(1), LANES), ir.VectorType(I8.as_pointer(), LANES)
+
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+_MASKS = "+avx512f" in _FEATURES.split(",")
 
 
 def same(kind: Any, value: int) -> Any:
@@ -39,22 +44,27 @@ def store(builder: Any, address: Any, value: Any) -> None:
 def gather(builder: Any, kind: Any, addresses: Any) -> Any:
     """What is at each of eight addresses: all are read."""
     name = f"llvm.masked.gather.v{LANES}{kind.element}.v{LANES}p0"
-    function = declare(builder, name, kind, _POINTERS, I32, _MASK, kind)
+    function = declare(builder, name, kind, _POINTERS, I32, MASK, kind)
     pointers = builder.inttoptr(addresses, _POINTERS)
-    return builder.call(function, [pointers, ir.Constant(I32, 4), same(_MASK, 1), ir.Constant(kind, ir.Undefined)])
+    return builder.call(function, [pointers, ir.Constant(I32, 4), same(MASK, 1), ir.Constant(kind, ir.Undefined)])
 
 
 def gather_some(builder: Any, base: Any, offsets: Any, wanted: Any, others: Any) -> Any:
-    """What is so many lanes (words or halves, as `others` are) from `base`; lanes not `wanted` read nothing and stay.
+    """What is so many lanes (words or halves, as `others` are) from `base`, for those that are `wanted`.
 
-    A lane that reads costs what a load does; the address is part of the instruction.
+    With AVX-512 the rest read nothing; elsewhere, where a mask would be a branch a lane, they read what is at `base`.
     """
     kind = others.type
+    if not _MASKS:
+        offsets = builder.select(wanted, offsets, same(WORDS, 0))
     pointers = builder.gep(builder.inttoptr(base, kind.element.as_pointer()), [offsets], source_etype=kind.element)
     pointers.type = _POINTERS
     name = f"llvm.masked.gather.v{LANES}{kind.element}.v{LANES}p0"
-    function = declare(builder, name, kind, _POINTERS, I32, _MASK, kind)
-    return builder.call(function, [pointers, ir.Constant(I32, 4), wanted, others])
+    function = declare(builder, name, kind, _POINTERS, I32, MASK, kind)
+    if _MASKS:
+        return builder.call(function, [pointers, ir.Constant(I32, 4), wanted, others])
+    there = builder.call(function, [pointers, ir.Constant(I32, 4), same(MASK, 1), ir.Constant(kind, ir.Undefined)])
+    return builder.select(wanted, there, others)
 
 
 def prefetch(builder: Any, address: Any) -> None:

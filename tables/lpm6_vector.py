@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -11,8 +12,8 @@ from libfp.jit.primitive import I32, I64, primitive
 from libfp.tables.lanes import (
     HALVES,
     LANES,
+    MASK,
     WORDS,
-    gather,
     gather_some,
     load,
     mask,
@@ -30,13 +31,13 @@ _STEPS = (REACH - ROOT_BITS) // STEP - 1
 _AHEAD = 1024  # bytes: the next burst's keys
 
 
-def _first(builder: Any, bases: Any, keys: Any) -> tuple[Any, Any, Any]:
+def _first(builder: Any, roots: Any, keys: Any) -> tuple[Any, Any, Any]:
     """The high words of eight keys, their roots, and how far to shift the former for the next five bits."""
     both = [load(builder, builder.add(keys, ir.Constant(I64, 8 * LANES * i)), WORDS) for i in range(2)]
     high = builder.shuffle_vector(*both, ir.Constant(HALVES, [2 * i for i in range(LANES)]))
     high = unary(builder, "bswap", high)
-    index = builder.shl(builder.lshr(high, same(WORDS, 64 - ROOT_BITS)), same(WORDS, 3))
-    root = gather(builder, WORDS, builder.add(builder.add(bases, same(WORDS, 8 * ROOTS)), index))
+    index = builder.lshr(high, same(WORDS, 64 - ROOT_BITS))
+    root = gather_some(builder, roots, index, same(MASK, 1), same(WORDS, 0))
     return high, root, same(WORDS, 64 - ROOT_BITS - STEP)
 
 
@@ -66,26 +67,40 @@ def _last(builder: Any, base: Any, high: Any, word: Any, shift: Any) -> Any:
     return gather_some(builder, base, offset, going, builder.trunc(word, HALVES))
 
 
+def _more(builder: Any, words: Any) -> Any:
+    """A bit for each of the words, set if it still leads to a block that is WIDE: there rarely are any."""
+    before, none = builder.block, ir.Constant(I64, 0)
+    any_of_all = mask(builder, _any(builder, reduce(builder.or_, words), WIDE))
+    with builder.if_then(builder.icmp_signed("!=", any_of_all, none), likely=False):
+        more = none
+        for i, word in enumerate(words):
+            bits = mask(builder, _any(builder, word, WIDE))
+            more = builder.or_(more, builder.shl(bits, ir.Constant(I64, LANES * i)))
+        there = builder.block
+    result = builder.phi(I64)
+    result.add_incoming(none, before)
+    result.add_incoming(more, there)
+    return result
+
+
 def _emitter(groups: int) -> Any:
     """Emits the lookup of so many groups of eight, a step of all before the next: many loads are on their way."""
 
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
-        bases = splat(builder, base, WORDS)
+        roots = builder.add(base, ir.Constant(I64, 8 * ROOTS))
         starts = [builder.add(keys, ir.Constant(I64, 16 * LANES * i)) for i in range(groups)]
         for start in starts if groups > 1 else []:
             for i in range(2):
                 prefetch(builder, builder.add(start, ir.Constant(I64, _AHEAD + 8 * LANES * i)))
-        lanes = [_first(builder, bases, at) for at in starts]
+        lanes = [_first(builder, roots, at) for at in starts]
         for step in range(_STEPS):
             lanes = [_next(builder, base, *one, step) for one in lanes]
         default = splat(builder, builder.load(builder.inttoptr(base, I32.as_pointer())), HALVES)
-        more = ir.Constant(I64, 0)
         for i, (high, word, shift) in enumerate(lanes):
             value = _last(builder, base, high, word, shift)
             value = builder.select(builder.icmp_signed("==", value, same(HALVES, 0)), default, value)
             store(builder, builder.add(results, ir.Constant(I64, 4 * LANES * i)), value)
-            more = builder.or_(more, builder.shl(mask(builder, _any(builder, word, WIDE)), ir.Constant(I64, LANES * i)))
-        return more
+        return _more(builder, [word for _, word, _ in lanes])
 
     return emit
 
