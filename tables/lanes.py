@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -83,3 +84,24 @@ def unary(builder: Any, name: str, value: Any) -> Any:
 def mask(builder: Any, lanes: Any) -> Any:
     """Eight truth values as the low bits of an int64, lane 0 the lowest."""
     return builder.zext(builder.bitcast(lanes, ir.IntType(LANES)), I64)
+
+
+def have(builder: Any, words: Any, bits: int) -> Any:
+    """Which of eight words have any of these bits."""
+    return builder.icmp_signed("!=", builder.and_(words, same(WORDS, bits)), same(WORDS, 0))
+
+
+def which_have(builder: Any, vectors: Any, bits: int) -> Any:
+    """A bit of an int64 for each word of up to eight vectors that has any of these bits: there rarely is one."""
+    before, none = builder.block, ir.Constant(I64, 0)
+    some = mask(builder, have(builder, reduce(builder.or_, vectors), bits))
+    with builder.if_then(builder.icmp_signed("!=", some, none), likely=False):
+        which = none
+        for i, words in enumerate(vectors):
+            found = mask(builder, have(builder, words, bits))
+            which = builder.or_(which, builder.shl(found, ir.Constant(I64, LANES * i)))
+        there = builder.block
+    result = builder.phi(I64)
+    result.add_incoming(none, before)
+    result.add_incoming(which, there)
+    return result

@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from libfp.jit import load32, load64, popcount64, shl64, shr64, store32
 from libfp.jit.primitive import I32, I64, primitive
-from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
+from libfp.tables.lanes import HALVES, LANES, MASK, WORDS, gather_some, load, same, splat, store, unary, which_have
 from libfp.tables.lpm4_slot import DEEPER, SLOT_BITS, SLOTS, WHERE
 
 
@@ -16,33 +16,27 @@ def _emitter(groups: int) -> Any:
     """Emits the lookup of so many groups of eight, a step of all before the next: many loads are on their way."""
 
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
-        bases = splat(builder, base, WORDS)
-        slots = builder.add(bases, same(WORDS, 8 * SLOTS))
+        slots, always = builder.add(base, ir.Constant(I64, 8 * SLOTS)), same(MASK, 1)
         offsets = [ir.Constant(I64, 4 * LANES * i) for i in range(groups)]
         key = [builder.zext(load(builder, builder.add(keys, offset), HALVES), WORDS) for offset in offsets]
-        index = [builder.shl(builder.lshr(one, same(WORDS, 32 - SLOT_BITS)), same(WORDS, 3)) for one in key]
-        word = [gather(builder, WORDS, builder.add(slots, one)) for one in index]
-        leaf = [_leaf(builder, bases, *both) for both in zip(key, word, strict=True)]
+        index = [builder.lshr(one, same(WORDS, 32 - SLOT_BITS)) for one in key]
+        word = [gather_some(builder, slots, one, always, same(WORDS, 0)) for one in index]
+        leaf = [_leaf(builder, *both) for both in zip(key, word, strict=True)]
         default = splat(builder, builder.load(builder.inttoptr(base, I32.as_pointer())), HALVES)
         for i, at in enumerate(leaf):
-            value = gather(builder, HALVES, at)
+            value = gather_some(builder, base, at, always, same(HALVES, 0))
             value = builder.select(builder.icmp_signed("==", value, same(HALVES, 0)), default, value)
             store(builder, builder.add(results, offsets[i]), value)
-        deep = ir.Constant(I64, 0)
-        for i, one in enumerate(word):
-            marked = builder.icmp_signed("!=", builder.and_(one, same(WORDS, DEEPER)), same(WORDS, 0))
-            deep = builder.or_(deep, builder.shl(mask(builder, marked), ir.Constant(I64, LANES * i)))
-        return deep
+        return which_have(builder, word, DEEPER)
 
     return emit
 
 
-def _leaf(builder: Any, bases: Any, key: Any, word: Any) -> Any:
-    """The addresses of eight leaves."""
+def _leaf(builder: Any, key: Any, word: Any) -> Any:
+    """Where eight leaves are, in halves from the base."""
     place = builder.or_(builder.xor(builder.lshr(key, same(WORDS, 8)), same(WORDS, -1)), same(WORDS, 32))
     rank = unary(builder, "ctpop", builder.shl(word, builder.and_(place, same(WORDS, 63))))
-    leaf = builder.add(builder.lshr(word, same(WORDS, WHERE)), rank)
-    return builder.add(bases, builder.shl(leaf, same(WORDS, 2)))
+    return builder.add(builder.lshr(word, same(WORDS, WHERE)), rank)
 
 
 def _plain(base: int, keys: int, results: int, count: int) -> int:

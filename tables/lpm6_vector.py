@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -15,13 +14,14 @@ from libfp.tables.lanes import (
     MASK,
     WORDS,
     gather_some,
+    have,
     load,
-    mask,
     prefetch,
     same,
     splat,
     store,
     unary,
+    which_have,
 )
 from libfp.tables.lpm6_block import BITMAP, ROOT_BITS, ROOTS, STEP, WHERE, WIDE, entry_at, five, is_child
 
@@ -46,13 +46,9 @@ def _rank(builder: Any, word: Any, place: Any) -> Any:
     return unary(builder, "ctpop", builder.shl(word, left))
 
 
-def _any(builder: Any, word: Any, bits: int) -> Any:
-    return builder.icmp_signed("!=", builder.and_(word, same(WORDS, bits)), same(WORDS, 0))
-
-
 def _next(builder: Any, base: Any, high: Any, word: Any, shift: Any, step: int) -> tuple[Any, Any, Any]:
     """A step of those whose blocks are WIDE; the others stay."""
-    going, now = _any(builder, word, WIDE), 64 - ROOT_BITS - STEP * (step + 1)
+    going, now = have(builder, word, WIDE), 64 - ROOT_BITS - STEP * (step + 1)
     rank = _rank(builder, word, builder.lshr(high, same(WORDS, now)))
     offset = builder.add(builder.lshr(word, same(WORDS, WHERE + 1)), rank)
     shift = builder.select(going, same(WORDS, now - STEP), shift)
@@ -65,22 +61,6 @@ def _last(builder: Any, base: Any, high: Any, word: Any, shift: Any) -> Any:
     offset = builder.add(builder.lshr(word, same(WORDS, WHERE)), rank)
     going = builder.icmp_unsigned(">", word, same(WORDS, BITMAP))
     return gather_some(builder, base, offset, going, builder.trunc(word, HALVES))
-
-
-def _more(builder: Any, words: Any) -> Any:
-    """A bit for each of the words, set if it still leads to a block that is WIDE: there rarely are any."""
-    before, none = builder.block, ir.Constant(I64, 0)
-    any_of_all = mask(builder, _any(builder, reduce(builder.or_, words), WIDE))
-    with builder.if_then(builder.icmp_signed("!=", any_of_all, none), likely=False):
-        more = none
-        for i, word in enumerate(words):
-            bits = mask(builder, _any(builder, word, WIDE))
-            more = builder.or_(more, builder.shl(bits, ir.Constant(I64, LANES * i)))
-        there = builder.block
-    result = builder.phi(I64)
-    result.add_incoming(none, before)
-    result.add_incoming(more, there)
-    return result
 
 
 def _emitter(groups: int) -> Any:
@@ -100,7 +80,7 @@ def _emitter(groups: int) -> Any:
             value = _last(builder, base, high, word, shift)
             value = builder.select(builder.icmp_signed("==", value, same(HALVES, 0)), default, value)
             store(builder, builder.add(results, ir.Constant(I64, 4 * LANES * i)), value)
-        return _more(builder, [word for _, word, _ in lanes])
+        return which_have(builder, [word for _, word, _ in lanes], WIDE)
 
     return emit
 
