@@ -8,8 +8,23 @@ from llvmlite import ir
 
 from libfp.jit import load32, load64, popcount64, shl64, shr64, store32
 from libfp.jit.primitive import I32, I64, primitive
-from libfp.tables.lanes import HALVES, LANES, MASK, WORDS, gather_some, load, same, splat, store, unary, which_have
+from libfp.tables.lanes import (
+    HALVES,
+    LANES,
+    MASK,
+    WORDS,
+    gather_some,
+    load,
+    prefetch,
+    same,
+    splat,
+    store,
+    unary,
+    which_have,
+)
 from libfp.tables.lpm4_slot import DEEPER, SLOT_BITS, SLOTS, WHERE
+
+_AHEAD = 512  # bytes: keys of the burst after the next
 
 
 def _emitter(groups: int) -> Any:
@@ -18,6 +33,8 @@ def _emitter(groups: int) -> Any:
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
         slots, always = builder.add(base, ir.Constant(I64, 8 * SLOTS)), same(MASK, 1)
         offsets = [ir.Constant(I64, 4 * LANES * i) for i in range(groups)]
+        for line in range(4 if groups > 1 else 0):
+            prefetch(builder, builder.add(keys, ir.Constant(I64, _AHEAD + 64 * line)))
         key = [builder.zext(load(builder, builder.add(keys, offset), HALVES), WORDS) for offset in offsets]
         index = [builder.lshr(one, same(WORDS, 32 - SLOT_BITS)) for one in key]
         word = [gather_some(builder, slots, one, always, same(WORDS, 0)) for one in index]

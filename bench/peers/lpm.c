@@ -26,6 +26,13 @@ uint64_t fib6_lookup(struct rte_fib6 *fib, const uint8_t *keys, unsigned count, 
 
 #define BURST 64
 
+/* For keys to come, as ours does: so many lines. */
+static inline void ask(const void *keys, unsigned lines)
+{
+    for (unsigned line = 0; line < lines; line++)
+        rte_prefetch0((const uint8_t *)keys + 64 * line);
+}
+
 /* The tables of rte_lpm are filled here, the shorter prefixes first, as rte_lpm_add would have it in the end: that
  * takes 200 us a route, for it looks for a route among all of its length. The layout is part of rte_lpm.h. */
 struct rte_lpm *lpm_make(const uint32_t *routes, unsigned count)
@@ -82,6 +89,7 @@ uint64_t lpm_bulk(struct rte_lpm *lpm, const uint32_t *keys, unsigned count, uns
     uint64_t start = rte_rdtsc();
     for (unsigned pass = 0; pass < passes; pass++)
         for (unsigned i = 0; i < count; i += BURST) {
+            ask(keys + i + 2 * BURST, 4);
             rte_lpm_lookup_bulk(lpm, keys + i, next, BURST);
             __asm__ volatile("" : : "r"(next) : "memory");
             if (results)
@@ -96,6 +104,7 @@ uint64_t lpm_x4(struct rte_lpm *lpm, const uint32_t *keys, unsigned count, unsig
     uint64_t start = rte_rdtsc();
     for (unsigned pass = 0; pass < passes; pass++)
         for (unsigned i = 0; i < count; i += BURST) {
+            ask(keys + i + 2 * BURST, 4);
             for (unsigned j = 0; j < BURST; j += 4)
                 rte_lpm_lookupx4(lpm, _mm_loadu_si128((const void *)(keys + i + j)), next + j, 0);
             __asm__ volatile("" : : "r"(next) : "memory");
@@ -134,6 +143,7 @@ uint64_t fib_lookup(struct rte_fib *fib, const uint32_t *keys, unsigned count, u
     uint64_t start = rte_rdtsc();
     for (unsigned pass = 0; pass < passes; pass++)
         for (unsigned i = 0; i < count; i += BURST) {
+            ask(keys + i + 2 * BURST, 4);
             rte_fib_lookup_bulk(fib, (uint32_t *)(uintptr_t)(keys + i), next, BURST);
             for (unsigned j = 0; results && j < BURST; j++)
                 results[i + j] = next[j];
@@ -172,8 +182,7 @@ uint64_t fib6_lookup(struct rte_fib6 *fib, const uint8_t *keys, unsigned count, 
     uint64_t start = rte_rdtsc();
     for (unsigned pass = 0; pass < passes; pass++)
         for (unsigned i = 0; i < count; i += BURST) {
-            for (unsigned line = 0; line < 16; line++) /* the keys after, as ours does */
-                rte_prefetch0(keys + 16 * (i + BURST) + 64 * line);
+            ask(keys + 16 * (i + BURST), 16);
             rte_fib6_lookup_bulk(fib, (uint8_t(*)[RTE_FIB6_IPV6_ADDR_SIZE])(uintptr_t)(keys + 16 * i), next, BURST);
             for (unsigned j = 0; results && j < BURST; j++)
                 results[i + j] = next[j];
