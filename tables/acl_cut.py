@@ -52,14 +52,20 @@ def tree_of(block, number):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _ports(at, addresses, shift):  # type: ignore[no-untyped-def]
+    """The first and the last of a rule's ports, without the low bits that a cut leaves out."""
+    half, shift = shift & 16, shift & 15
+    first = ((load32(at + 8 * addresses) >> half) & 0xFFFF) >> shift
+    return first, ((load32(at + 8 * addresses + 4) >> half) & 0xFFFF) >> shift
+
+
+@kernel
 def _span(block, number, cut):  # type: ignore[no-untyped-def]
     """(first << 8 | last) of the children that a rule reaches, when they are one after another; or -1."""
     at, addresses = rule_at(block, number), load64(block + ADDRESSES)
     field, shift, full = cut >> 16, (cut >> 8) & 0xFF, (1 << (cut & 0xFF)) - 1
     if field == addresses:
-        half, shift = shift & 16, shift & 15
-        first = ((load32(at + 8 * addresses) >> half) & 0xFFFF) >> shift
-        last = ((load32(at + 8 * addresses + 4) >> half) & 0xFFFF) >> shift
+        first, last = _ports(at, addresses, shift)
         if last - first >= full:
             return full
         return (first & full) << 8 | (last & full) if first & full <= last & full else -1
@@ -74,9 +80,7 @@ def _reaches(block, number, cut, index):  # type: ignore[no-untyped-def]
     at, addresses = rule_at(block, number), load64(block + ADDRESSES)
     field, shift, full = cut >> 16, (cut >> 8) & 0xFF, (1 << (cut & 0xFF)) - 1
     if field == addresses:
-        half, shift = shift & 16, shift & 15
-        first = ((load32(at + 8 * addresses) >> half) & 0xFFFF) >> shift
-        last = ((load32(at + 8 * addresses + 4) >> half) & 0xFFFF) >> shift
+        first, last = _ports(at, addresses, shift)
         if last - first >= full:
             return True
         first, last = first & full, last & full
