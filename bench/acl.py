@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,19 +78,8 @@ def cases() -> Iterator[Case]:
         for kind, headers in (("trace", acl_rules.trace(name, rules, KEYS)), ("uniform", acl_rules.uniform(KEYS))):
             view, bed = table.view(), Keys(headers, 16, ffi)
             functions = _functions(lib, acl) if lib else []
-            functions = sorted(functions, key=lambda one, bed=bed: bed.theirs(one, passes=1))[-3:]  # type: ignore[misc]
-            best, medians = bed.best(view, functions)
-            yield Case(
-                bench="acl",
-                case=f"{name} {kind}",
-                unit="M headers/s",
-                better="higher",
-                ours=lambda bed=bed, view=view: bed.ours(view),  # type: ignore[misc]
-                peer=best.name if best else None,
-                theirs=(lambda bed=bed, best=best: bed.theirs(best)) if best else None,  # type: ignore[misc]
-                about=f"{text}; {medians}",
-                bar=1.5,
-            )
+            functions = sorted(functions, key=partial(bed.theirs, passes=1))[-3:]
+            yield bed.case("acl", f"{name} {kind}", view, functions, text, 1.5, unit="M headers/s")
         if lib:
             lib.acl_free(acl)
         yield Case(
@@ -97,9 +87,9 @@ def cases() -> Iterator[Case]:
             case=f"{name} build",
             unit="s",
             better="lower",
-            ours=lambda table=table, given=given: _load(table, given),  # type: ignore[misc]
+            ours=partial(_load, table, given),
             peer="rte_acl" if lib else None,
-            theirs=(lambda rules=rules: _build(ffi, lib, rules)) if lib else None,  # type: ignore[misc]
+            theirs=partial(_build, ffi, lib, rules) if lib else None,
             rounds=3,
             about=text,
         )

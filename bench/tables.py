@@ -67,12 +67,14 @@ class Keys:
         results = self._ffi.cast("void *", self._results.address) if keep else self._ffi.NULL
         return _millions(passes, peer.run(keys, KEYS, passes, results))
 
-    def case(self, bench: str, name: str, view: Any, peers: list[Peer], about: str, bar: float) -> Case:
+    def case(
+        self, bench: str, name: str, view: Any, peers: list[Peer], about: str, bar: float, unit: str = "M lookups/s"
+    ) -> Case:
         """The case of these keys: the peer is the fastest of `peers`."""
         best, medians = self.best(view, peers)
         theirs = partial(self.theirs, best) if best else None
         peer, text = best.name if best else None, f"{about}; {medians}"
-        return Case(bench, name, "M lookups/s", "higher", partial(self.ours, view), peer, theirs, about=text, bar=bar)
+        return Case(bench, name, unit, "higher", partial(self.ours, view), peer, theirs, about=text, bar=bar)
 
     def best(self, view: Any, peers: list[Peer]) -> tuple[Peer | None, str]:
         """The fastest of the peers, each asked in turn, five rounds; and all of their medians, for the report.
