@@ -8,9 +8,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from libfp.jit import load32be, store32
+from libfp.jit.lanes import HALVES, load, mask, same, splat
 from libfp.jit.primitive import I8, I16, I32, I64, declare, primitive
 from libfp.tables.acl_layout import LANES, MISS, ROW, TREES, find, leaf_bytes, rows, unit, where_at
-from libfp.tables.lanes import HALVES, load, mask, same, splat
 
 GROUP = 16
 _MANY = ir.VectorType(I32, GROUP)

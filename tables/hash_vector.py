@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from libfp.jit import store64
+from libfp.jit.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
 from libfp.jit.primitive import I8, I64, declare, primitive
 from libfp.tables.buckets import EDGE, HALF, K2, K3, SECRETS, SLOTS, SPAN, TAGS, K, value_at
-from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
 
 _BYTES = ir.VectorType(I8, 8 * LANES)
 _SPREAD = ir.Constant(ir.VectorType(ir.IntType(32), 8 * LANES), [i & ~7 for i in range(8 * LANES)])

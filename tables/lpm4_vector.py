@@ -7,8 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from libfp.jit import load32, load64, popcount64, shl64, shr64, store32
-from libfp.jit.primitive import I32, I64, primitive
-from libfp.tables.lanes import (
+from libfp.jit.lanes import (
     HALVES,
     LANES,
     MASK,
@@ -22,6 +21,7 @@ from libfp.tables.lanes import (
     unary,
     which_have,
 )
+from libfp.jit.primitive import I32, I64, primitive
 from libfp.tables.lpm4_slot import DEEPER, SLOT_BITS, SLOTS, WHERE
 
 _AHEAD = 512  # bytes: keys of the burst after the next

@@ -7,8 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from libfp.jit import load64, load64be, shl64, shr64, store32
-from libfp.jit.primitive import I32, I64, primitive
-from libfp.tables.lanes import (
+from libfp.jit.lanes import (
     HALVES,
     LANES,
     MASK,
@@ -23,6 +22,7 @@ from libfp.tables.lanes import (
     unary,
     which_have,
 )
+from libfp.jit.primitive import I32, I64, primitive
 from libfp.tables.lpm6_block import BITMAP, ROOT_BITS, ROOTS, STEP, WHERE, WIDE, entry_at, five, is_child
 
 #: Where the last block ends that they look into: one of values, below so many that lead on.

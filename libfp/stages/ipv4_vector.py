@@ -10,11 +10,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from libfp.jit.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
 from libfp.jit.primitive import I64, primitive
 from libfp.packet.burst import FRAME, KEY, KIND, KIND_IPV4, LENGTH
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.stages.routes import FIRST_BYTES, HASH, HASH_SHIFT
-from libfp.tables.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
 
 ALL = (1 << LANES) - 1
 PLAIN = 0x0045_0008  # EtherType, version 4 and a header of five words, as the machine loads them
