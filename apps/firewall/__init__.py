@@ -1,1 +1,1 @@
-"""The firewall: the router's forwarding with the kernel's own nftables rules in between. See README.md beside this file."""
+"""The firewall: forwarding with the kernel's own nftables rules in between. See README.md beside this file."""
