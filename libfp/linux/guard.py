@@ -1,8 +1,8 @@
 """The guard: what in this host's kernel would decide about forwarded packets otherwise than libfp can.
 
 libfp copies routes and neighbours, and no policy. A host with a policy on the way of forwarded packets is refused by
-name, unless the application applies it itself or is told to bypass it. Rules that concern only packets to or from the host itself do not matter: those
-never leave Linux.
+name, unless the application applies the policy itself, or is told to bypass it. Rules that concern only packets to or
+from the host itself do not matter: those never leave Linux.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _FOREVER = struct.pack("=4Q", *(4 * [2**64 - 1])) + bytes(64)  # struct xfrm_lif
 class Policy(NamedTuple):
     """One policy. `family` is AF_INET, AF_INET6 or AF_UNSPEC, prefixes are text; `direction` "in", "out" or "fwd",
     `action` "block" or "allow". `templates` counts what it wants done to packets, `plain` says that there are none and
-    that nothing but the prefixes selects. `index` is Linux's name for it, 0 for one that is not there (yet)."""
+    that nothing but the prefixes selects. `number` is Linux's name for it, 0 for one that is not there (yet)."""
 
     family: int
     source: str
@@ -39,7 +39,7 @@ class Policy(NamedTuple):
     priority: int = 0
     templates: int = 0
     plain: bool = True
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
         selector = f"{self.source} > {self.destination}"
@@ -74,7 +74,7 @@ def add(policy: Policy) -> None:
 
 def remove(policy: Policy) -> bool:
     """Remove the very one that `policies` returned; False when it is gone. Raises OSError."""
-    body = _selector(policy) + struct.pack("=IB3x", policy.index, DIRECTIONS.index(policy.direction))
+    body = _selector(policy) + struct.pack("=IB3x", policy.number, DIRECTIONS.index(policy.direction))
     with Netlink(NETLINK_XFRM) as netlink:
         try:
             netlink.ask(DELPOLICY, body)

@@ -115,9 +115,9 @@ def test_policy_rules(router: Host) -> None:
     assert conflicts(router) == ["policy rule 32767: from all lookup default is missing"]
 
 
-def policy(direction: str, family: int = rt.AF_INET, action: str = "block", **others: int) -> xfrm.Policy:
+def policy(direction: str, family: int = rt.AF_INET, action: str = "block", priority: int = 0) -> xfrm.Policy:
     prefixes = ("10.0.0.0/8", "11.0.0.0/8") if family == rt.AF_INET else ("2001:db8:a::/48", "2001:db8:b::/48")
-    return xfrm.Policy(family, *prefixes, direction, action, **others)
+    return xfrm.Policy(family, *prefixes, direction, action, priority)
 
 
 def add(router: Host, one: xfrm.Policy) -> None:
@@ -155,12 +155,12 @@ def test_xfrm_policies_are_added_and_removed_one_by_one(router: Host) -> None:
     with pytest.raises(FileExistsError):
         router.call(xfrm.add, ours._replace(action="allow"))
     found = router.call(xfrm.policies)
-    assert {one._replace(index=0) for one in found} == {ours, other}
-    assert all(one.index for one in found)
+    assert {one._replace(number=0) for one in found} == {ours, other}
+    assert all(one.number for one in found)
     mine = next(one for one in found if one.priority == 7)
     assert router.call(xfrm.remove, mine)
     assert not router.call(xfrm.remove, mine)
-    assert [one._replace(index=0) for one in router.call(xfrm.policies)] == [other]
+    assert [one._replace(number=0) for one in router.call(xfrm.policies)] == [other]
     with pytest.raises(AttributeError, match="kind setting has no direction"):
         Conflict("sysctl", "setting").direction  # noqa: B018
 
@@ -199,7 +199,7 @@ def test_what_the_application_applies_is_no_conflict(router: Host) -> None:
         return conflict.kind == "xfrm" and conflict.priority == 7
 
     ports = {router.index("r0"): "r0"}
-    with pytest.raises(PolicyConflict, match="libfp: policy rule 100: from 10.0.0.0/8 lookup 7; remove it"):
+    with pytest.raises(PolicyConflict, match=r"libfp: policy rule 100: from 10\.0\.0\.0/8 lookup 7; remove it"):
         router.call(guard.require, ports, applies)
     assert sorted(asked) == ["rule", "xfrm"]
     router.netlink("rule", "del", src="10.0.0.0/8", table=7, priority=100)
