@@ -189,7 +189,7 @@ def test_every_hot_folder_is_in_the_digest(monkeypatch: pytest.MonkeyPatch, tmp_
     with_kernels = {
         path.relative_to(package).parts[0] for path in package.glob("*/**/*.py") if "@kernel" in path.read_text()
     }
-    assert with_kernels <= {*cache._HOT, "testing"}
+    assert with_kernels <= {*cache._HOT, "testing", "apps"}, "applications are hashed as a user's own stages are"
 
 
 def test_the_processor_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
