@@ -76,7 +76,7 @@ class _ForCallers(AnalysisPass):
 
 
 class Inner(CompilerBase):
-    """numba's compiler without machine code: for what is linked into its callers, which spares an eighth of compile time."""
+    """numba's compiler without machine code, for what is linked into its callers: an eighth of compile time less."""
 
     def define_pipelines(self) -> list[Any]:
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
