@@ -5,9 +5,8 @@ and backends, with VIP on their loopback, answer clients themselves. They are on
 whether they take TCP connections. To give one twice its share, name it twice.
 
 The table is Maglev's (Eisenbud et al., NSDI 2016, 3.4): backends take turns at its slots, each in an order of its own.
-Shares are equal, all balancers agree without talking, and where a backend comes or goes, few flows move but its own.
-ICMP errors go to the backend whose packet they are about (RFC 7690). Fragments go by addresses alone: all of a datagram
-to one backend, though not to that of the flow's whole packets; TCP sends none.
+Shares are equal, all balancers agree, and where a backend comes or goes, few flows move but its own. ICMP errors go to
+the backend they are for (RFC 7690); fragments by addresses alone, all of a datagram together.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count, repeat
+from itertools import count, cycle, islice, repeat
 
 import click
 
@@ -51,17 +50,12 @@ def slots_of(name):
     return ((offset + i * skip) % SLOTS for i in count())
 
 
-def populate(weights):
-    """Whose each slot is, given {name: weight}: with half the weight of another, a backend has half as many turns."""
-    slots, left, most = [None] * SLOTS, SLOTS, max(weights.values(), default=0)
-    orders, due = {name: slots_of(name) for name in sorted(weights)}, dict.fromkeys(weights, 0)
-    while orders and left:
-        for name, order in orders.items():
-            due[name] += weights[name]
-            if due[name] >= most and left:
-                due[name] -= most
-                slots[next(slot for slot in order if slots[slot] is None)] = name
-                left -= 1
+def populate(backends):
+    """Whose each slot is. Backends take turns; each takes the first slot that is still free, in its own order."""
+    slots, shares = [None] * SLOTS, sorted(Counter(backends).items())
+    orders = [(name, slots_of(f"{name} {copy}")) for name, copies in shares for copy in range(copies)]
+    for name, order in islice(cycle(orders), SLOTS):
+        slots[next(slot for slot in order if slots[slot] is None)] = name
     return slots
 
 
@@ -88,13 +82,13 @@ def main(interfaces, check, vip, backends):
     ports = [XdpPort(name, Steer(f"dst {vip}")) for name in interfaces]
     for number, name in enumerate(interfaces):
         macs[number] = look(name).mac
-    weights, before = Counter(backends), None
     with Pipeline(parse, balance(table, macs)).start(ports) as app, ThreadPoolExecutor() as pool:
+        before = None
         while before is None or app.wait(1):
-            well = dict(zip(weights, pool.map(healthy, weights, repeat(check)), strict=True))
-            now = {name: way for name, way in on_links(interfaces).items() if well.get(name)}
+            well, ways = pool.map(healthy, backends, repeat(check)), on_links(interfaces)
+            now = {name: ways[name] for name, yes in zip(backends, well, strict=True) if yes and name in ways}
             if now != before:
-                table.load(now.get(name, 0) for name in populate({name: weights[name] for name in now}))
+                table.load(now.get(name, 0) for name in populate(name for name in backends if name in now))
                 print("backends:", ", ".join(now) or "none", flush=True)
                 before = now
 
