@@ -85,10 +85,11 @@ def main(interfaces, check, vip, backends):
     with Pipeline(parse, balance(table, macs)).start(ports) as app, ThreadPoolExecutor() as pool:
         before = None
         while before is None or app.wait(1):
-            well, ways = pool.map(healthy, backends, repeat(check)), on_links(interfaces)
-            now = {name: ways[name] for name, yes in zip(backends, well, strict=True) if yes and name in ways}
+            well = [name for name, yes in zip(backends, pool.map(healthy, backends, repeat(check)), strict=True) if yes]
+            ways = on_links(interfaces)  # that the checks have found
+            now = {name: ways[name] for name in well if name in ways}
             if now != before:
-                table.load(now.get(name, 0) for name in populate(name for name in backends if name in now))
+                table.load(now.get(name, 0) for name in populate(name for name in well if name in now))
                 print("backends:", ", ".join(now) or "none", flush=True)
                 before = now
 
