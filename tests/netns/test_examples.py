@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from libfp.engine.stats import attach, instances
-from libfp.errors import NoSuchInstance
 from libfp.pyxdp.device import look
 from libfp.testing import udp
+from libfp.testing.instance import running
 from libfp.testing.netns import Lab, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -92,20 +91,13 @@ def test_deny_denies(net):
 
 @contextlib.contextmanager
 def statistics(process):
-    """The counters of the instance in that process, once its workers turn."""
+    """The counters of the program's instance, once its workers turn."""
 
-    def running():
+    def turning():
         assert process.poll() is None, process.stderr.read()
-        for name, (pid, _) in instances().items():
-            if pid == process.pid:
-                with contextlib.suppress(NoSuchInstance, OSError):
-                    reader = attach(name)
-                    if all(worker["heartbeat"] for worker in reader.counters().workers):
-                        return reader
-                    reader.close()
-        return None
+        return running(process)
 
-    with contextlib.closing(wait_until(running, START, "the program to run")) as reader:
+    with contextlib.closing(wait_until(turning, START, "the program to run")) as reader:
         yield reader.counters
 
 
