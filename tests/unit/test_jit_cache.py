@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -131,6 +132,21 @@ def age(path: Path, accessed: float, modified: float) -> None:
     """Set a file's times, in days ago."""
     now = time.time()
     os.utime(path, (now - 86400 * accessed, now - 86400 * modified))
+
+
+PROGRAM = """
+from libfp.jit import cache, kernel
+scope = {"__name__": "nowhere"}
+exec("def twice(x):\\n    return 2 * x", scope)
+source = "from libfp.jit.policy import cached_kernel\\n@cached_kernel\\ndef g(x):\\n    return twice(x)\\n"
+module = cache.generate("probe", source, "", {"twice": kernel(scope["twice"])})
+print(module.g(21), sum(module.g.stats.cache_hits.values()))
+"""
+
+
+def test_functions_of_no_module_are_loaded_again(folder: Path) -> None:
+    runs = [subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True) for _ in range(2)]
+    assert [run.stdout for run in runs] == ["42 0\n", "42 1\n"], runs[-1].stderr
 
 
 def test_prunes_what_nobody_has_used_for_thirty_days(folder: Path) -> None:
