@@ -162,11 +162,12 @@ def parse(listing: str, texts: str = "") -> Ruleset:
         items = [next(iter(one.items())) for one in json.loads(listing)["nftables"]]
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise BadInput("this is no output of nft -j list ruleset", "make it so: nft -j list ruleset > FILE") from None
-    quotes = _quotes(texts)
+    quotes, dynamic = _quotes(texts), _dynamic(texts)
     chains, sets, found = dict[tuple[str, str, str], Chain](), dict[tuple[str, str, str], Any](), list[Rule]()
     for kind, told in items:
         if kind in ("set", "map"):
-            sets[told["family"], told["table"], told["name"]] = told
+            place = told["family"], told["table"], told["name"]
+            sets[place] = {**told, "flags": ["dynamic"]} if place in dynamic else told
         elif kind == "chain" and told.get("hook") == "forward" and told["family"] in FAMILIES:
             chain = Chain(told["family"], told["table"], told["name"], told.get("policy", "accept"))
             if told.get("type") != "filter":
@@ -197,6 +198,20 @@ def _quotes(texts: str) -> dict[tuple[str, str, str, int], str]:
                 found[(*table, chain, int(ended[2]))] = ended[1]
         elif words == ["}"]:
             chain = ""
+    return found
+
+
+def _dynamic(texts: str) -> set[tuple[str, str, str]]:
+    """The sets that packets change, by family, table and name: nft 1.0.6 does not say it in JSON."""
+    found, table, name = set[tuple[str, str, str]](), ("", ""), ""
+    for line in texts.splitlines():
+        words = line.replace(",", " ").split()
+        if line.startswith("table "):
+            table = words[1], words[2]
+        elif line.startswith("\t") and words[-1:] != ["}"] and words[:1] in (["set"], ["map"]):
+            name = words[1]
+        elif words[:1] == ["flags"] and "dynamic" in words:
+            found.add((*table, name))
     return found
 
 
