@@ -133,12 +133,13 @@ class Ruleset:
                 raise BadInput(what, "put their rules into one chain: libfp applies one for each IP version")
 
 
-def nft(*arguments: str) -> str:
-    """What the program nft prints. Raises Unsupported, MissingCapability, BadInput with its first line of complaint."""
+def nft(*arguments: str, text: str = "") -> str:
+    """What the program nft prints, given `text` to read.
+
+    Raises Unsupported, MissingCapability, BadInput with its first line of complaint.
+    """
     try:
-        done = subprocess.run(
-            ["nft", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=NFT_LIMIT
-        )
+        done = subprocess.run(["nft", *arguments], input=text, capture_output=True, text=True, timeout=NFT_LIMIT)
     except FileNotFoundError:
         raise Unsupported("the program nft is missing", "install the package nftables") from None
     except subprocess.TimeoutExpired:
