@@ -48,17 +48,19 @@ class Following:
     def __init__(self, names: Sequence[str], path: str | None = None, connections: int = 1 << 18) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self.policy = Policy(names)
         if path is not None:
             self._load(path)
         first = require_chain(ruleset.read())
         settings = Settings.read()
         settings.check(tells_invalid(first))
-        self.policy, self.connections = Policy(names), Connections(settings, connections)
+        self.connections = Connections(settings, connections)
         self.policy.load(first)
         self._applied = {(chain.family, chain.table, chain.name) for chain in first.chains}
 
     def _load(self, path: str) -> None:
         found = require_chain(scratch.after_loading(path), f"{path} makes")
+        self.policy.check(found)
         Settings.read().check(tells_invalid(found))
         ruleset.nft("-f", path)
 

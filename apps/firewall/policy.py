@@ -185,15 +185,8 @@ class Policy:
         Rules that stay as they were keep their hits. Raises BadInput, and changes nothing then.
         """
         with self._lock:
-            made: dict[int, list[Entry]] = {}
-            for version in (4, 6):
-                made[version] = list(itertools.islice(entries(ruleset, version, self.names), CAPACITY + 1))
-                if len(made[version]) > CAPACITY:
-                    what = f"the rules for IPv{version} take more than {CAPACITY:,} entries"
-                    raise BadInput(what, "use fewer, or fewer that only count")
+            made = self.check(ruleset)
             keys = {self._key(rules, action) for some in made.values() for _, rules, action in some}
-            if len(keys) > NUMBERS:
-                raise BadInput(f"the rules have more than {NUMBERS:,} outcomes", "use fewer")
             numbers = self._with_numbers(keys)
             for version, acl in ((4, self.acl), (6, self.acl6)):
                 told = [
@@ -204,6 +197,18 @@ class Policy:
                     acl.load(told)
                     self._loaded[version] = told
             self._numbers, self.ruleset = numbers, ruleset
+
+    def check(self, ruleset: Ruleset) -> dict[int, list[Entry]]:
+        """What would be loaded, by IP version. Raises BadInput where `load` does."""
+        made: dict[int, list[Entry]] = {}
+        for version in (4, 6):
+            made[version] = list(itertools.islice(entries(ruleset, version, self.names), CAPACITY + 1))
+            if len(made[version]) > CAPACITY:
+                what = f"the rules for IPv{version} take more than {CAPACITY:,} entries"
+                raise BadInput(what, "use fewer, or fewer that only count")
+        if len({self._key(rules, action) for some in made.values() for _, rules, action in some}) > NUMBERS:
+            raise BadInput(f"the rules have more than {NUMBERS:,} outcomes", "use fewer")
+        return made
 
     @staticmethod
     def _key(rules: tuple[Rule, ...], action: int) -> tuple[object, ...]:
