@@ -4,7 +4,7 @@ Flows are those of `libfp.tables.Flow`, one table a worker, whose state numbers 
 Linux's table of transitions (`libfp.apps.firewall.conntrack_tcp`), and one for each other timeout. What Linux reads
 from ``net.netfilter.nf_conntrack_*`` is read from there.
 
-Sequence numbers are not held against windows. Linux does not refuse for them either when ``tcp_be_liberal`` is 1; with 0
+Sequence numbers are not held against windows. Linux does not refuse for them when ``tcp_be_liberal`` is 1; with 0
 it may call a packet invalid that is none here: see `Settings.check`.
 """
 

@@ -147,7 +147,7 @@ def _reset(rules, at, notes, way, old, seq):  # type: ignore[no-untyped-def]
 def _window(at, notes, way, old, flags, index, last, ack, window):  # type: ignore[no-untyped-def]
     """What has been sent and acknowledged; the notes."""
     other, end = 1 - way, load32(at + ENDS + 4 * way)
-    again = flags & 2 != 0 and before(end, last) and (old == SYN_SENT or old == SYN_RECV)
+    again = flags & 2 != 0 and before(end, last) and (old in (SYN_SENT, SYN_RECV))
     if notes & _BEGUN << way == 0 or again:
         store32(at + ENDS + 4 * way, last)
         notes = notes & ~((_ACKED | _UNACKED) << way) | _BEGUN << way
@@ -237,7 +237,7 @@ def tcp_packet(rules, table, at, way, l4, end):  # type: ignore[no-untyped-def]
             return state  # a SYN that is sent again does not let it live longer
         elif new == OPEN:
             ticks = min(ticks, load64(times + 8 * UNACKNOWLEDGED))
-    elif new == OPEN and (old == SYN_RECV or old == OPEN):
+    elif new == OPEN and (old in (SYN_RECV, OPEN)):
         own |= ASSURED
     store32(at + FLAGS, own & ~0xFF | new)
     set_deadline(table, at, ticks)
