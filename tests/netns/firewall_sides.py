@@ -45,7 +45,9 @@ class Wire:
             self.macs.append((net.router.mac(port), host.mac(end)))
         for host, end, port in ((net.client, "c0", "r0"), (net.server, "s0", "r1")):
             number = int(port[1])
-            for address in (f"{side}{last}" for side in (f"10.0.{number + 1}.", f"2001:db8:{number + 1}::") for last in (2, 7)):
+            for address in (
+                f"{side}{last}" for side in (f"10.0.{number + 1}.", f"2001:db8:{number + 1}::") for last in (2, 7)
+            ):
                 net.router.netlink(
                     "neigh", "replace", dst=address, lladdr=host.mac(end), ifindex=net.router.index(port), state=0x80
                 )
@@ -111,7 +113,28 @@ class Talk:
         return {"src": src, "dst": dst}
 
 
-FLAGS = ["S", "SA", "A", "A", "A", "FA", "R", "RA", "", "SF", "SR", "F", "FAU", "AU", "SU", "PA", "SAFR", "P", "SE", "AE"]
+FLAGS = [
+    "S",
+    "SA",
+    "A",
+    "A",
+    "A",
+    "FA",
+    "R",
+    "RA",
+    "",
+    "SF",
+    "SR",
+    "F",
+    "FAU",
+    "AU",
+    "SU",
+    "PA",
+    "SAFR",
+    "P",
+    "SE",
+    "AE",
+]
 
 
 def numbered(frame: bytes, number: int) -> bytes:
@@ -197,6 +220,6 @@ def segment(talk: Talk, way: int, dice: random.Random) -> tuple[bytes, str]:
     if "A" in flags and "R" not in flags:
         talk.told[way] = ack
     window = dice.choice([65535, 1000, 0])
-    frame = tcp(bytes(size), sport=sport, dport=dport, flags=flags, seq=seq & 0xFFFFFFFF, ack=ack if "A" in flags else 0,
-                window=window, **talk.ends(way))  # fmt: skip
+    told = ack if "A" in flags else 0
+    frame = tcp(bytes(size), sport, dport, flags, seq, told, window, **talk.ends(way))
     return frame, f"{flags} {seq} {ack} +{size}"
