@@ -1,10 +1,11 @@
-"""The shared stages: `parse` first, then yours, then `forward` with the `Routes` it reads; `by_flow` where a
-flow's two directions must meet on one worker."""
+"""The shared stages: `parse` first, then yours, then `forward` with the `Routes` it reads, or `route`, yours and
+`rewrite` where yours want to know the way out; `by_flow` where a flow's two directions must meet on one worker.
+"""
 
 from libfp.stages.flows import by_flow, flow_owner, symmetric_hash
-from libfp.stages.forwarding import forward
-from libfp.stages.parsing import parse
-from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes
+from libfp.stages.forwarding import forward, rewrite, route
+from libfp.stages.parsing import parse, parse_again
+from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, out_port
 
 __all__ = [
     "Drop",
@@ -16,6 +17,10 @@ __all__ = [
     "by_flow",
     "flow_owner",
     "forward",
+    "out_port",
     "parse",
+    "parse_again",
+    "rewrite",
+    "route",
     "symmetric_hash",
 ]
