@@ -12,6 +12,7 @@ from libfp.jit.primitive import MASK64
 from libfp.packet.headers import IPV6_SIZE
 
 _FIRST_SPI = 256  # RFC 4303 section 2.1: those below are reserved
+_KEY_SIZES = (16 + libcrypto.SALT_SIZE, 32 + libcrypto.SALT_SIZE)
 _OUTER_TTL = 65  # `forward` takes one off
 
 
@@ -80,7 +81,7 @@ class Sa:
         if self.local.version != self.remote.version:
             raise BadInput(f"an SA from {self.local} to {self.remote}", "give two addresses of one family")
         self._key = key if isinstance(key, Secret) else Secret(key)
-        if len(self._key) not in libcrypto.KEY_SIZES:
+        if len(self._key) not in _KEY_SIZES:
             self._key.wipe()
             raise BadInput(f"a key of {len(self._key)} bytes for SPI {spi:#x}", libcrypto.KEY_REMEDY)
         self.at = 0  # of its record

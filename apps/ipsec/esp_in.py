@@ -34,7 +34,20 @@ from libfp.apps.ipsec.record import (
 )
 from libfp.apps.ipsec.replay import Window
 from libfp.engine.decorator import stage
-from libfp.jit import kernel, load8, load16be, load32, load32be, load64, shr64, store16be, store32, store32be, store64, unlikely
+from libfp.jit import (
+    kernel,
+    load8,
+    load16be,
+    load32,
+    load32be,
+    load64,
+    shr64,
+    store16be,
+    store32,
+    store32be,
+    store64,
+    unlikely,
+)
 from libfp.packet.burst import Burst, Packet
 from libfp.packet.checksum import checksum
 from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, IPV6_SIZE
@@ -138,7 +151,7 @@ def verify(burst: Burst, i: int, at: int, end: int, record: int, sas: SasView, p
     aad = associate(record, at, sequence, extended)
     data = at + ESP_HEADER + IV_SIZE
     size = end - ICV_SIZE - data
-    if not libcrypto.decrypt(sas.functions, record, aad, data, size, end - ICV_SIZE):
+    if not libcrypto.decrypt(sas.functions, record, record + libcrypto.AAD, aad, data, size, end - ICV_SIZE):
         count(record, BAD_ICV, 1)
         burst.drop(i, "esp-bad-icv")
         return

@@ -32,7 +32,6 @@ from libfp.jit import (
     bswap64,
     kernel,
     load8,
-    load16be,
     load32,
     load64,
     load_acquire64,
@@ -109,7 +108,7 @@ def send(burst: Burst, i: int, record: int, sas: SasView) -> None:
     store64(at + ESP_HEADER, iv)
     store64(record + libcrypto.NONCE + 4, iv)
     aad, secret = associate(record, at, sequence, extended), size + padding + 2
-    if unlikely(not libcrypto.encrypt(sas.functions, record, aad, ip, secret, ip + secret)):
+    if unlikely(not libcrypto.encrypt(sas.functions, record, record + libcrypto.AAD, aad, ip, secret, ip + secret)):
         burst.drop(i, "esp-failed")
         return
     packet.made()

@@ -3,7 +3,7 @@
 The control plane makes a context of each key, once; packets only change its nonce, which allocates nothing. A cipher is
 `SIZE` bytes of memory that compiled code reaches by address, here called a block:
 
-    0    the EVP_CIPHER_CTX                 32   AAD, 12 bytes, the caller's to fill in
+    0    the EVP_CIPHER_CTX                 32   12 bytes, the caller's, for AAD
     8    scratch                            48   two OSSL_PARAM: the tag, and the end
     16   nonce, 12 bytes: 4 of salt, then 8 the caller's to fill in
 
@@ -35,8 +35,8 @@ _ENCRYPT_INIT, _ENCRYPT_UPDATE, _ENCRYPT_FINAL, _GET_PARAMS, _DECRYPT_INIT, _DEC
 )
 _LEAST_VERSION = 0x3000_0000
 _NO_ATEXIT = 0x0008_0000  # worker threads may be in it until the process has ended
-_KEYS = {16 + SALT_SIZE: b"AES-128-GCM", 32 + SALT_SIZE: b"AES-256-GCM"}
-KEY_SIZES, KEY_REMEDY = tuple(_KEYS), "AES-128 takes 16 bytes and 4 of salt, AES-256 takes 32 and 4"
+_KEYS = {size + SALT_SIZE: f"AES-{8 * size}-GCM".encode() for size in (16, 24, 32)}
+KEY_REMEDY = "AES-128 takes 16 bytes and 4 of salt, AES-256 takes 32 and 4"
 
 
 @functools.cache
@@ -116,25 +116,25 @@ def _is_one(result: int) -> bool:
 
 
 @kernel
-def encrypt(functions: int, block: int, aad_size: int, data: int, size: int, tag: int) -> bool:
-    """Encrypt `size` bytes at `data` in place, under the block's nonce and AAD; the 16 bytes of tag go to `tag`."""
+def encrypt(functions: int, block: int, aad: int, aad_size: int, data: int, size: int, tag: int) -> bool:
+    """Encrypt `size` bytes at `data` in place, under the block's nonce and this AAD; the 16 bytes of tag go to `tag`."""
     context, nonce, scratch = load64(block), block + NONCE, block + _SCRATCH
     store64(block + _TAG_AT, tag)
     good = _is_one(call(load64(functions + _ENCRYPT_INIT), context, 0, 0, nonce, 0, 0))
     update = load64(functions + _ENCRYPT_UPDATE)
-    good &= _is_one(call(update, context, 0, scratch, block + AAD, aad_size, 0))
+    good &= _is_one(call(update, context, 0, scratch, aad, aad_size, 0))
     good &= _is_one(call(update, context, data, scratch, data, size, 0))
     good &= _is_one(call(load64(functions + _ENCRYPT_FINAL), context, tag, scratch, 0, 0, 0))
     return good & _is_one(call(load64(functions + _GET_PARAMS), context, block + _PARAMS, 0, 0, 0, 0))
 
 
 @kernel
-def decrypt(functions: int, block: int, aad_size: int, data: int, size: int, tag: int) -> bool:
-    """Decrypt `size` bytes at `data` in place; whether the 16 bytes at `tag` vouch for them. If not, they are garbage."""
+def decrypt(functions: int, block: int, aad: int, aad_size: int, data: int, size: int, tag: int) -> bool:
+    """Decrypt `size` bytes at `data` in place; whether the 16 bytes at `tag` vouch for them, or they are garbage."""
     context, nonce, scratch = load64(block), block + NONCE, block + _SCRATCH
     store64(block + _TAG_AT, tag)
     good = _is_one(call(load64(functions + _DECRYPT_INIT), context, 0, 0, nonce, block + _PARAMS, 0))
     update = load64(functions + _DECRYPT_UPDATE)
-    good &= _is_one(call(update, context, 0, scratch, block + AAD, aad_size, 0))
+    good &= _is_one(call(update, context, 0, scratch, aad, aad_size, 0))
     good &= _is_one(call(update, context, data, scratch, data, size, 0))
     return good & _is_one(call(load64(functions + _DECRYPT_FINAL), context, tag, scratch, 0, 0, 0))

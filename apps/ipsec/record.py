@@ -1,16 +1,16 @@
 """A security association as stages see it: a record of words, which its owner among the workers alone writes.
 
-    0     the cipher's block: `libfp.apps.ipsec.libcrypto`
-    128   sequence   outbound: the last one sent; inbound: not used, the window has it
-    136   limit      outbound: the last one that may be sent now; the control plane moves it on
-    144   iv         outbound: what is added to a sequence number to give its IV
-    152   last       the last one there may ever be: 2^32 - 1, or 2^64 - 1 with extended sequence numbers
-    160   spi        168  flags      176  share: of 2^32, whose worker it is      184  tunnel, its number
-    192   header     40 bytes: the outer header, as far as it is the same for all packets
-    232   outer      20 or 40, its size
-    240   local      16 bytes: the outer address that is ours, as it lies in a packet
-    256   counters   8 words
-    384   the window: `libfp.apps.ipsec.replay`
+0     the cipher's block: `libfp.apps.ipsec.libcrypto`
+128   sequence   outbound: the last one sent; inbound: not used, the window has it
+136   limit      outbound: the last one that may be sent now; the control plane moves it on
+144   iv         outbound: what is added to a sequence number to give its IV
+152   last       the last one there may ever be: 2^32 - 1, or 2^64 - 1 with extended sequence numbers
+160   spi        168  flags      176  share: of 2^32, whose worker it is      184  tunnel, its number
+192   header     40 bytes: the outer header, as far as it is the same for all packets
+232   outer      20 or 40, its size
+240   local      16 bytes: the outer address that is ours, as it lies in a packet
+256   counters   8 words
+384   the window: `libfp.apps.ipsec.replay`
 """
 
 from __future__ import annotations
@@ -66,11 +66,10 @@ class SasView:
 
     def is_local(self, low: int, high: int) -> bool:
         """Whether one of the local addresses is these 16 bytes."""
-        at = self.shared + LOCAL_AT
+        at, found = self.shared + LOCAL_AT, False
         for i in range(load64(self.shared)):
-            if load64(at + 16 * i) == low and load64(at + 16 * i + 8) == high:
-                return True
-        return False
+            found |= load64(at + 16 * i) == low and load64(at + 16 * i + 8) == high
+        return found
 
 
 @kernel
