@@ -1,4 +1,4 @@
-"""ESP that comes in (RFC 4303 section 3.4): the stages `to_sa`, which gives each packet to its SA's worker, and `decrypt`.
+"""ESP that comes in (RFC 4303 section 3.4): `to_sa`, which gives each packet to its SA's worker, and `decrypt`.
 
 Nothing moves a window but a packet whose ICV has been verified.
 """

@@ -98,7 +98,7 @@ def select_kept(burst: Burst, i: int, out: int, sas: SasView, policies: Policies
 
 @kernel
 def hop_of(ip: int, at: int, routes: RoutesView) -> int:
-    """The entry of the next hop to the address at `at`, of the family of the header at `ip`: one path, if of several."""
+    """The entry of the next hop to the address at `at`, of the family of the header at `ip`; a path, if of several."""
     if load8(ip) >> 4 == 4:
         hop = routes.fib.lookup(load32be(at))
     else:

@@ -1,14 +1,14 @@
 """AES-GCM (NIST SP 800-38D) by the system's libcrypto, called from compiled code by address.
 
-The control plane makes a context of each key, once; packets only change its nonce, which allocates nothing. A cipher is
-`SIZE` bytes of memory that compiled code reaches by address, here called a block:
+The control plane makes a context of each key, once; packets only change its nonce, which allocates nothing. A cipher
+is `SIZE` bytes of memory that compiled code reaches by address, here called a block:
 
     0    the EVP_CIPHER_CTX                 32   12 bytes, the caller's, for AAD
     8    scratch                            48   two OSSL_PARAM: the tag, and the end
     16   nonce, 12 bytes: 4 of salt, then 8 the caller's to fill in
 
-`encrypt` and `decrypt` work in place. One thread at a time uses a block. `functions()` is the address of an array of the
-functions' addresses, which they are given, too: an address that arrives at run time keeps compiled code cacheable.
+`encrypt` and `decrypt` work in place. One thread at a time uses a block. `functions()` is the address of an array of
+the functions' addresses, which they are given, too: what arrives at run time keeps compiled code cacheable.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _is_one(result: int) -> bool:
 
 @kernel
 def encrypt(functions: int, block: int, aad: int, aad_size: int, data: int, size: int, tag: int) -> bool:
-    """Encrypt `size` bytes at `data` in place, under the block's nonce and this AAD; the 16 bytes of tag go to `tag`."""
+    """Encrypt `size` bytes at `data` in place under the block's nonce and this AAD; 16 bytes of tag go to `tag`."""
     context, nonce, scratch = load64(block), block + NONCE, block + _SCRATCH
     store64(block + _TAG_AT, tag)
     good = _is_one(call(load64(functions + _ENCRYPT_INIT), context, 0, 0, nonce, 0, 0))

@@ -56,7 +56,7 @@ class SaTable:
         self._records = Arena(record.SIZE * capacity)
         self._shared = Arena(record.TUNNELS_AT + 8 * (capacity + 1))
         self.capacity, self._made = capacity, 0
-        self._ciphers: list[libcrypto.Cipher] = []
+        self._ciphers: list[tuple[Sa, libcrypto.Cipher]] = []  # of those that have been removed, too
         self._sas: dict[str, Sa] = {}  # by digest
         self._tunnels: dict[str, int] = {}
         self._used = dict[str, int]()
@@ -110,7 +110,7 @@ class SaTable:
         number = self.tunnel(sa.tunnel)
         at = self._records.address + record.SIZE * self._made
         cipher = libcrypto.Cipher(key, at, decrypting=sa.direction == "in")
-        self._ciphers.append(cipher)
+        self._ciphers.append((sa, cipher))
         self._fill_in(sa, at, number, self._file.entries.get(digest, {}) if self._file else {})
         self._made += 1
         sa.at, sa.digest, sa.key_digest = at, digest, same
@@ -157,14 +157,14 @@ class SaTable:
         """Use `sa` no more: its packets are dropped as "esp-unknown-spi" or "no-sa". KeyError if it is not there."""
         with self._lock:
             del self._sas[sa.digest]
+            self._note(sa, exactly=sa.direction == "in")
             if sa.direction == "in":
                 del self._spis[sa.spi]
-            else:
-                word = self._shared.address + record.TUNNELS_AT + 8 * self._tunnels[sa.tunnel]
-                others = [one.at for one in self._sas.values() if one.direction == "out" and one.tunnel == sa.tunnel]
-                store_release64(word, others[-1] if others else 0)
-                store_release64(sa.at + record.LIMIT, 0)  # also for what is on its way to its worker
-            self._note(sa, exactly=True)
+                return
+            word = self._shared.address + record.TUNNELS_AT + 8 * self._tunnels[sa.tunnel]
+            others = [one.at for one in self._sas.values() if one.direction == "out" and one.tunnel == sa.tunnel]
+            store_release64(word, others[-1] if others else 0)
+            store_release64(sa.at + record.LIMIT, 0)  # also for what is on its way to its worker
 
     def _note(self, sa: Sa, exactly: bool) -> None:
         """Write into the entries, not yet the file, how far `sa` may have got."""
@@ -238,10 +238,10 @@ class SaTable:
                 if self._file is not None:
                     self._file.close()
                     self._file = None
-                for sa in self._sas.values():
-                    sa.at = 0
                 while self._ciphers:
-                    self._ciphers.pop().close()
+                    sa, cipher = self._ciphers.pop()
+                    sa.at = 0
+                    cipher.close()
                 self._sas = {}
 
     def stage_tables(self) -> tuple[Hash]:

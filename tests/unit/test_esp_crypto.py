@@ -93,9 +93,7 @@ def test_rfc4106_with_extended_sequence_numbers(bench: Bench) -> None:
     cases = json.loads((VECTORS / "rfc4106-draft-mcgrew-snabb.json").read_text())["vectors"]
     assert len(cases) == 11
     for case in cases:
-        key, salt, iv, sealed, plain = (
-            bytes.fromhex(case[name]) for name in ("key", "salt", "iv", "ct_tag", "plain")
-        )
+        key, salt, iv, sealed, plain = (bytes.fromhex(case[name]) for name in ("key", "salt", "iv", "ct_tag", "plain"))
         header = case["spi"].to_bytes(4) + (case["seq"] & 0xFFFFFFFF).to_bytes(4)
         bench.arena.buffer[AAD : AAD + 8] = header
         size = associated(bench.at, bench.at + AAD, signed64(case["seq"]), True)
@@ -179,4 +177,4 @@ def test_packets_allocate_nothing() -> None:
 
 def test_the_record_has_room() -> None:
     assert record.SIZE % 64 == 0
-    assert record.WINDOW >= record.COUNTERS + 8 * len(record.COUNTER_NAMES)
+    assert record.COUNTERS + 8 * len(record.COUNTER_NAMES) <= record.WINDOW
