@@ -14,6 +14,7 @@ from libfp.errors import BadInput, Error, PolicyConflict
 from libfp.linux import guard
 from libfp.linux import rtnetlink as rt
 from libfp.linux.conflict import Applies, summed
+from libfp.linux.decide import Direct, Via
 from libfp.linux.explain import explain
 from libfp.linux.mirror import Mirror
 from libfp.linux.neighbours import SHORTEST, HitMarks, interval
@@ -232,9 +233,17 @@ class Linux:
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
     def _resolve_kept(self) -> None:
-        wanted = self.routes.wanted()
+        wanted = {self._neighbour_for(hop, address) for hop, address in self.routes.wanted()} - {None}
         if wanted:
-            self._marks.want((self.devices[port].index, address) for port, address in wanted)
+            self._marks.want(key for key in wanted if key is not None)
+
+    def _neighbour_for(self, hop: int, address: bytes) -> tuple[int, bytes] | None:
+        """The (link, address) of the neighbour that a packet to `address` lacks, by a next hop without one."""
+        via = self.mirror.fib.publisher.via(hop)
+        found = via or self.mirror.fib.lookup(int.from_bytes(address, "big"), 8 * len(address))
+        if isinstance(found, Direct):
+            return found.link, address
+        return (found.link, found.gateway) if isinstance(found, Via) else None
 
     def _changed(self, state: State, changes: Changes) -> None:
         if not self._announced:
@@ -309,19 +318,12 @@ class Linux:
             now = own_address(state, device.index, 32, before[0]), own_address(state, device.index, 128, before[1])
             if now != before:
                 self._addresses[device.index] = now
-                self._set_port(number)
+                self.routes.set_address(number, *now)
 
     def _set_port(self, number: int) -> None:
         index = self.devices[number].index
-        now, (address, address6) = self._policies.get(index, PortPolicy()), self._addresses.get(index, (b"", b""))
-        self.routes.set_port(
-            number,
-            rp_filter=now.rp_filter,
-            redirects=now.redirects,
-            accept_local=now.accept_local,
-            address=address,
-            address6=address6,
-        )
+        now = self._policies.get(index, PortPolicy())
+        self.routes.set_port(number, rp_filter=now.rp_filter, redirects=now.redirects, accept_local=now.accept_local)
 
     def _follow_settings(self, state: State) -> None:
         for number, device in enumerate(self.devices):

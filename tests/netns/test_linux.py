@@ -248,7 +248,7 @@ def test_ports_own_addresses() -> None:
     """What ICMP errors come from: the primary address of the port, without one another's."""
     with Lab(ipv6=True) as lab, (net := Net(lab)).linux() as linux:
         told = []
-        linux.routes.set_port = lambda number, **fields: told.append((number, fields["address"], fields["address6"]))
+        linux.routes.set_address = lambda *fields: told.append(fields)
 
         def now() -> dict[int, tuple[str, str]]:
             linux.wait_synced()
@@ -271,7 +271,7 @@ def test_ports_own_addresses() -> None:
 def test_kept_packets_have_their_neighbours_resolved(net: Net) -> None:
     """Of packets that Linux never sees, it is told which neighbours they need."""
     with net.linux(take=["proto esp and dst 10.0.1.1"]) as linux:
-        wanted = {(1, ip_address("10.0.2.2").packed)}
+        wanted = {(0, ip_address("10.0.2.2").packed)}  # by a next hop that names no neighbour
         linux.routes.wanted = lambda: wanted
         linux.wait_synced()
 
