@@ -16,13 +16,17 @@ import importlib
 import inspect
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 # Kernels and entry points are plain functions then, and nothing is compiled.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 import libfp
+from libfp.engine import Stage
 
 project, author, copyright = "libfp", "The libfp authors", "The libfp authors, Apache-2.0"  # noqa: A001
 release = version = libfp.__version__
@@ -40,9 +44,28 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:obj", r".*"),  # what is in backticks need not be a name; what is one, and documented, becomes a link
-    # of Python and of numpy, which are documented elsewhere; and of type variables
-    (r"py:class", r"(?!libfp\.).*"),
+    (r"py:class", r"(?!libfp\.).*"),  # of Python and of numpy, which are documented elsewhere
+    (r"py:class", r"libfp\.[\w.]+\.[A-Z]"),  # type variables
+    # what only the engine and tables hand to each other
+    (r"py:class", r"libfp\.(tables\.words\.Words|tables\.table\.Subscriber|engine\.replicas\.Replicas)"),
+    (r"py:class", r"libfp\.(stages\.routes\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
 ]
+
+#: Objects that other calls return: how they are made is no part of the surface.
+NOT_MADE_BY_USERS = {
+    "libfp.engine.BoundStage",
+    "libfp.engine.Counters",
+    "libfp.engine.Stage",
+    "libfp.engine.Worker",
+    "libfp.pyxdp.Attachment",
+    "libfp.rings.SharedSpsc",
+    "libfp.stages.RoutesView",
+    "libfp.tables.FlowEntry",
+    "libfp.tables.FlowPart",
+    "libfp.tables.FlowView",
+    "libfp.tables.Table",
+    "libfp.testing.netns.Host",
+}
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -72,7 +95,8 @@ def homes() -> dict[int, str]:
 
 
 def _expand(app: Any, page: str, source: list[str]) -> None:
-    """Put directives of autodoc in the place of a page's `{public}` blocks."""
+    """Put directives of autodoc in the place of a page's `{public}` blocks; links to files that are pages here."""
+    source[0] = source[0].replace("(../bench/README.md)", "(measuring.md)")
     source[0] = _PUBLIC.sub(lambda found: "```{eval-rst}\n" + _directives(found[1]) + "```", source[0])
 
 
@@ -89,8 +113,19 @@ def _directives(name: str) -> str:
             kind = "autoexception" if issubclass(value, BaseException) else "autoclass"
             text += f".. {kind}:: {full}\n   :members:\n   :show-inheritance:\n\n"
         else:
-            text += f".. {'autofunction' if callable(value) else 'autodata'}:: {full}\n\n"
+            text += f".. autofunction:: {full}\n\n" if callable(value) else _data(module, member, value)
     return text
+
+
+def _data(module: Any, member: str, value: Any) -> str:
+    """A constant, with the `#:` comment of the module that it is from."""
+    for name, one in sorted(sys.modules.items()):
+        if name.startswith(module.__name__) and getattr(one, member, None) is value and one.__file__:
+            found = ModuleAnalyzer.for_module(name).find_attr_docs().get(("", member))
+            if found:
+                doc = "\n   ".join(as_rst(found))
+                return f".. py:data:: {module.__name__}.{member}\n\n   {doc}\n\n"
+    raise LookupError(f"{module.__name__}.{member} has no `#:` comment")
 
 
 _MARKED = re.compile(r"``.+?``|`[^`]+`")
@@ -126,9 +161,29 @@ def _plain(text: str) -> str:
 
 
 def _docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    if isinstance(value, Stage):
+        given = ", ".join(list(inspect.signature(value.function).parameters)[1:])
+        use = f"`{value.__name__}({given})`" if given else f"`{value.__name__}`"
+        lines[:0] = [f"A stage of {'bursts' if value.per_burst else 'packets'}; in a pipeline: {use}.", ""]
     lines[:] = as_rst(lines)
+
+
+def _signature(app: Any, what: str, name: str, value: Any, options: Any, given: str, returned: str) -> Any:
+    """What users are given and never make is shown without a constructor."""
+    return ("", returned) if name in NOT_MADE_BY_USERS else None
+
+
+def _bases(app: Any, name: str, value: Any, options: Any, bases: list[Any]) -> None:
+    bases[:] = [base for base in bases if base is not object] or bases
+
+
+def _skip(app: Any, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
+    return True if str(getattr(value, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def setup(app: Any) -> None:
     app.connect("source-read", _expand)
     app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-bases", _bases)
+    app.connect("autodoc-skip-member", _skip)

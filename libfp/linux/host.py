@@ -159,15 +159,15 @@ class Linux:
         return self.routes.stage_reasons
 
     def stage_tables(self) -> Iterable[Any]:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return self.routes.stage_tables()
 
     def stage_view(self, replica: Callable[[Any], Any]) -> Any:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return self.routes.stage_view(replica)
 
     def explain(self, next_hop: int, packet: bytes) -> str:
-        """See `libfp.engine.Pipeline.explain`."""
+        """See `libfp.Pipeline.explain`."""
         return explain(self.routes, self.mirror, next_hop, packet)
 
     def set_bypass(self, bypass: bool) -> None:

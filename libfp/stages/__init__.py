@@ -4,7 +4,7 @@ flow's two directions must meet on one worker."""
 from libfp.stages.flows import by_flow, flow_owner, symmetric_hash
 from libfp.stages.forwarding import forward
 from libfp.stages.parsing import parse
-from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes
+from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, RoutesView
 
 __all__ = [
     "Drop",
@@ -13,6 +13,7 @@ __all__ = [
     "NextHops",
     "Punt",
     "Routes",
+    "RoutesView",
     "by_flow",
     "flow_owner",
     "forward",

@@ -19,6 +19,8 @@ from typing import Any, Literal, Self
 from libfp.engine.stats import Counters, attach
 from libfp.testing.netns import Host
 
+__all__ = ["Instance"]
+
 NICE = -15
 
 
@@ -74,6 +76,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self.process.pid
 
     @property
@@ -84,6 +87,7 @@ class Instance:
 
     @property
     def counters(self) -> Counters:
+        """Its counters now."""
         return self._reader.counters()
 
     @property
@@ -119,6 +123,7 @@ class Instance:
         return self.process.wait(20)
 
     def kill(self) -> None:
+        """SIGKILL it, and wait for its end. May be called again."""
         self.process.kill()
         self.process.wait(10)
 

@@ -1,0 +1,58 @@
+"""The public surface: what the pages of docs/api describe, no more and no less, each name with its docstring."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import libfp
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+DOCUMENTED = [name for page in PAGES for name in re.findall(r"^```\{public\} ([\w.]+)\n", page.read_text(), re.M)]
+INTERNAL = [
+    name
+    for line in re.findall(r"^- (`.*?):", (ROOT / "docs" / "api" / "internal.md").read_text(), re.M)
+    for name in re.findall(r"`([\w.*]+)`", line)
+]
+
+
+def own_members(cls: type) -> Iterator[tuple[str, Any]]:
+    """Public methods and properties that the class itself, or a base that is not public, defines."""
+    for one in cls.__mro__:
+        if one.__module__.startswith("libfp"):
+            yield from ((name, value) for name, value in vars(one).items() if not name.startswith("_"))
+
+
+def is_callable(value: Any) -> bool:
+    return isinstance(value, property | classmethod | staticmethod) or inspect.isfunction(value)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_public_name_is_there_and_has_a_docstring(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert len(module.__all__) == len(set(module.__all__))
+    undocumented = []
+    for member in module.__all__:
+        value = getattr(module, member)
+        if not callable(value):
+            continue  # the build wants a comment
+        if not value.__doc__:
+            undocumented.append(member)
+        if inspect.isclass(value):
+            undocumented += [f"{member}.{one}" for one, made in own_members(value) if is_callable(made) and not inspect.getdoc(made)]
+    assert not undocumented
+
+
+def test_every_module_is_documented_or_internal() -> None:
+    found = [one.name for one in pkgutil.walk_packages(libfp.__path__, "libfp.")]
+    named = re.compile("|".join(re.escape(one).replace(r"\*", r"[\w.]+") for one in INTERNAL))
+    assert [name for name in found if name not in DOCUMENTED and not named.fullmatch(name)] == []
