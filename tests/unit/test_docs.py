@@ -48,7 +48,9 @@ def test_every_public_name_is_there_and_has_a_docstring(name: str) -> None:
         if not value.__doc__:
             undocumented.append(member)
         if inspect.isclass(value):
-            undocumented += [f"{member}.{one}" for one, made in own_members(value) if is_callable(made) and not inspect.getdoc(made)]
+            undocumented += [
+                f"{member}.{one}" for one, made in own_members(value) if is_callable(made) and not inspect.getdoc(made)
+            ]
     assert not undocumented
 
 

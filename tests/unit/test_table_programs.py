@@ -1,29 +1,15 @@
-"""The programs about tables that a reader meets: in docs/tables.md, and examples/rate_limit.py."""
+"""The program about tables in examples: rate_limit.py."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from libfp import Pipeline
 from libfp.stages import parse
 from libfp.testing import udp
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_programs_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    path = ROOT / "docs" / "tables.md"
-    tracks, classifies = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    exec(compile(tracks, str(path), "exec"), {"__name__": "program"})
-    assert capsys.readouterr().out.startswith("10.0.0.1 5000 10.0.0.2 53 17 0 30.0 (1, ")
-    names: dict[str, Any] = {"__name__": "program"}
-    exec(compile(classifies, str(path), "exec"), names)
-    assert [rule.value for rule in names["acl"].values()] == [1, 2, 3]
 
 
 def test_rate_limit() -> None:
