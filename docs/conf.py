@@ -5,8 +5,8 @@ The reference in `api` is written by the docstrings: a block
     ```{public} libfp.tables
     ```
 
-stands for the docstring of that module and of everything in its `__all__`, in that order. Docstrings are plain text with
-`names` in backticks and programs indented by four, not reStructuredText: `as_rst` makes it of them.
+stands for the docstring of that module and of everything in its `__all__`, in that order. Docstrings are plain text
+with `names` in backticks and programs indented by four, not reStructuredText: `as_rst` makes it of them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import SkipTest
 
@@ -52,9 +53,11 @@ class Run:
 
     def __init__(self, page: Path, folder: Path, lab: list[Any]) -> None:
         self.page, self.folder, self.really = page, folder, page.name == RUN
-        self.namespace: dict[str, Any] = {"__name__": "page", "meanwhile": self.meanwhile, "wait_until": wait_until}
+        # a module, since code of a function's is found again by the name of its module
+        self.module = ModuleType(f"page_{page.stem}")
+        self.namespace = vars(self.module)
+        self.namespace |= {"meanwhile": self.meanwhile, "wait_until": wait_until}
         self.namespace |= dict(zip(("client", "router", "server"), lab, strict=False))
-        self.lab = lab
         self.left_out: list[str] = []
         self.running: list[subprocess.Popen[str]] = []
         self._elsewhere: list[Callable[[], None]] = []
@@ -235,6 +238,7 @@ def test_the_blocks_of(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with network() if needs_root(page) else contextlib.nullcontext([]) as lab:
         run = Run(page, tmp_path, lab)
+        monkeypatch.setitem(sys.modules, run.module.__name__, run.module)
         run()
         assert {(page.name, reason) for reason in run.left_out} <= LEFT_OUT
     text = run.document.text
