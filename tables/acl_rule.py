@@ -22,7 +22,7 @@ class Rule:
     `source` and `destination` are prefixes, as text or `ipaddress` networks or addresses. `sport` and `dport` are a
     port or the lowest and highest, both included. `protocol` is a number, "tcp", "udp", "icmp", "icmpv6", "sctp", or
     (value, mask). `tcp_flags` is (value, mask) of the byte that has FIN 1, SYN 2, RST 4, PSH 8, ACK 16; it asks for
-    TCP, too. `interface` is the index of the port that the packet came in by.
+    TCP, too. `interface` is the index of the port that the packet came in by, or (value, mask) of the 15 bits there.
 
     A rule that asks for ports matches no packet without: no ICMP, no later fragment, no cut-off header.
     """
@@ -34,7 +34,7 @@ class Rule:
     dport: int | tuple[int, int] | None = None
     protocol: int | str | tuple[int, int] | None = None
     tcp_flags: tuple[int, int] | None = None
-    interface: int | None = None
+    interface: int | tuple[int, int] | None = None
 
 
 def encode(rule: Rule, version: int) -> list[int]:
@@ -56,9 +56,8 @@ def encode(rule: Rule, version: int) -> list[int]:
     if not rule.sport is rule.dport is rule.tcp_flags is None:
         value, mask = value | HAS_PORTS, mask | HAS_PORTS
     if rule.interface is not None:
-        if type(rule.interface) is not int or not 0 <= rule.interface <= INTERFACE:
-            raise BadInput(f"a rule's interface of {rule.interface!r}", f"it is a port's index, 0 to {INTERFACE}")
-        value, mask = value | rule.interface, mask | INTERFACE
+        where, told = _interface(rule.interface)
+        value, mask = value | where, mask | told
     return [*words, value, mask]
 
 
@@ -93,6 +92,14 @@ def _pair(given: Any, most: int, name: str) -> tuple[int, int]:
     if not (0 <= mask <= most and 0 <= value <= most and value & ~mask == 0):
         raise BadInput(f"{name} of {given!r}", f"both are 0 to {most}, the value without bits beyond the mask")
     return value, mask
+
+
+def _interface(given: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(given, tuple | list):
+        return _pair(given, INTERFACE, "interface")
+    if type(given) is not int or not 0 <= given <= INTERFACE:
+        raise BadInput(f"a rule's interface of {given!r}", f"it is a port's index, 0 to {INTERFACE}, or (value, mask)")
+    return given, INTERFACE
 
 
 def _protocol(rule: Rule) -> tuple[int, int]:

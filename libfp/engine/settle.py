@@ -22,7 +22,7 @@ from libfp.engine.reasons import number_of, take_token
 from libfp.engine.slots import DELIVERED, OVER_RATE, RING_FULL
 from libfp.engine.tap import tap_end, tap_move
 from libfp.jit import kernel, load32, load64, load64_in, shr64, store64, unlikely
-from libfp.packet.burst import FRAME, LENGTH, VERDICT, Burst
+from libfp.packet.burst import FRAME, KIND, KIND_KEPT, LENGTH, VERDICT, Burst
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
 from libfp.ports.rings import COUNTERS, COUNTERS_SIZE, TX_FULL
 
@@ -78,10 +78,19 @@ def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> Non
             if port >= ports or not _send(context, port, frame, length):
                 verdict = _not_sent(context, frame, port)
         else:
+            verdict = _unless_kept(burst, i, verdict)
             lost = _end(context, burst, i, verdict)
         if record != 0:
             tap_end(record, burst, i, verdict, lost)
     burst.count = kept
+
+
+@kernel
+def _unless_kept(burst: Burst, i: int, verdict: int) -> int:
+    """The verdict; of a packet that Linux must never get, and that is punted: a drop of the same name."""
+    if verdict >> KIND_SHIFT == PUNT and load32(burst.at + KIND + 4 * i) & KIND_KEPT != 0:
+        return verdict + (DROP - PUNT << KIND_SHIFT)
+    return verdict
 
 
 @kernel
@@ -142,9 +151,10 @@ def finish(context: Context, burst: Burst) -> None:
 def _leave_to_linux(context: Context, burst: Burst) -> None:
     record = load64(context.at + RECORD)
     for i in range(burst.count):
-        lost = _end(context, burst, i, UNDECIDED)
+        verdict = _unless_kept(burst, i, UNDECIDED)
+        lost = _end(context, burst, i, verdict)
         if record != 0:
-            tap_end(record, burst, i, 0, lost)
+            tap_end(record, burst, i, 0 if verdict == UNDECIDED else verdict, lost)
     burst.count = 0
 
 

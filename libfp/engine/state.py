@@ -15,7 +15,7 @@ from libfp.engine.replicas import Replicas
 from libfp.jit import Arena, store64
 from libfp.jit.libc import address_of
 from libfp.jit.memory import view
-from libfp.packet.burst import BURST, WORKER, WORKERS, BurstMemory
+from libfp.packet.burst import BURST, FRAME_SIZE, STRIDE, WORKER, WORKERS, BurstMemory
 from libfp.ports.frames import FrameMemory, OpenPort
 from libfp.ports.rings import COUNTERS_SIZE, PortBlocks
 
@@ -56,6 +56,8 @@ class WorkerState:
             self._build(open_all, ports, queue, statistics, frame_size, guard, punt)
             store64(self._burst.burst.at + WORKER, queue)
             store64(self._burst.burst.at + WORKERS, workers)
+            store64(self._burst.burst.at + STRIDE, self.frames.stride)
+            store64(self._burst.burst.at + FRAME_SIZE, self.frames.frame_size)
             if crew is not None:
                 self.member = crew.join(queue, self.memory, self.frames)
                 store64(self._poll_fds + 8 * len(self.open_ports), self.member.wake | _POLLIN << 32)

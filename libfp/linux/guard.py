@@ -1,8 +1,8 @@
 """The guard: what in this host's kernel would decide about forwarded packets otherwise than libfp can.
 
 libfp copies routes and neighbours, and no policy. A host with a policy on the way of forwarded packets is refused by
-name, unless it is told to bypass it. Rules that concern only packets to or from the host itself do not matter: those
-never leave Linux.
+name, unless the application applies the policy itself, or is told to bypass it. Rules that concern only packets to or
+from the host itself do not matter: those never leave Linux.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 
 from libfp.errors import PolicyConflict
-from libfp.linux import netfilter
+from libfp.linux import netfilter, xfrm
 from libfp.linux import rtnetlink as rt
+from libfp.linux.conflict import Applies, Conflict, summed
 from libfp.linux.netlink import NETLINK_NETFILTER, NETLINK_XFRM, Malformed, Netlink, Overrun, attributes, text
 from libfp.linux.ports import setting
 from libfp.pyxdp import bpf
 from libfp.pyxdp.system import missing_capability
 
-GROUP_XFRM_POLICY = 4
-XFRM_GETPOLICY, XFRM_GETDEFAULT = 0x15, 0x28
-XFRM_OUT, XFRM_FORWARD = 1, 2  # a forwarded packet is checked against the one and routed by the other
-XFRM_BLOCK = 1
+XFRM_WAY = ("out", "fwd")  # a forwarded packet is routed by the one and checked against the other
 DEFAULT_RULES = {
     rt.AF_INET: {0: rt.TABLE_LOCAL, 32766: rt.TABLE_MAIN, 32767: rt.TABLE_DEFAULT},
     rt.AF_INET6: {0: rt.TABLE_LOCAL, 32766: rt.TABLE_MAIN},
@@ -35,18 +33,21 @@ TC_POINTS = {"clsact": {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}, "ingress":
 REMEDY = "remove it, or use --bypass if forwarded packets may go past it"
 
 
-def require(ports: Mapping[int, str]) -> None:
-    """Raise PolicyConflict, naming everything found. `ports` maps link indexes to names. Raises MissingCapability."""
+def require(ports: Mapping[int, str], applies: Applies | None = None) -> None:
+    """Raise PolicyConflict, naming everything found but what `applies` says yes to: the application applies that.
+
+    `ports` maps link indexes to names. Raises MissingCapability.
+    """
     try:
-        found = list(conflicts(ports))
+        found = [one for one in conflicts(ports) if applies is None or not applies(one)]
     except PermissionError as error:
         raise missing_capability("looking for policies", "CAP_NET_ADMIN") from error
     if found:
-        raise PolicyConflict("Linux would decide otherwise than libfp: " + "; ".join(found), REMEDY)
+        raise PolicyConflict("Linux would decide otherwise than libfp: " + "; ".join(summed(found)), REMEDY)
 
 
-def conflicts(ports: Mapping[int, str]) -> Iterator[str]:
-    """What decides about packets forwarded between the ports, one line each, in this thread's network namespace.
+def conflicts(ports: Mapping[int, str]) -> Iterator[Conflict]:
+    """What decides about packets forwarded between the ports, in this thread's network namespace.
 
     What concerns IPv6 alone is looked at where Linux forwards IPv6.
     """
@@ -69,7 +70,7 @@ def forwards_ipv6() -> bool:
     return False
 
 
-def _rules(netlink: Netlink, family: int) -> Iterator[str]:
+def _rules(netlink: Netlink, family: int) -> Iterator[Conflict]:
     missing = dict(DEFAULT_RULES[family])
     for message in netlink.dump_all(rt.RTM_GETRULE, struct.pack("=B11x", family)):
         if message.type != rt.RTM_NEWRULE:
@@ -78,13 +79,13 @@ def _rules(netlink: Netlink, family: int) -> Iterator[str]:
         if rule.plain and missing.get(rule.priority) == rule.table:
             del missing[rule.priority]
         else:
-            yield rule.what + " (IPv6)" * (family == rt.AF_INET6)
+            yield Conflict(rule.what + " (IPv6)" * (family == rt.AF_INET6), "rule")
     for priority, table in missing.items():
         which = "IPv6 policy rule" if family == rt.AF_INET6 else "policy rule"
-        yield f"{which} {priority}: from all lookup {rt.TABLE_NAMES[table]} is missing"
+        yield Conflict(f"{which} {priority}: from all lookup {rt.TABLE_NAMES[table]} is missing", "rule")
 
 
-def _membership(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[str]:
+def _membership(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[Conflict]:
     links = {}
     for message in netlink.dump_all(rt.RTM_GETLINK, bytes(16)):
         link = rt.link(message.body) if message.type == rt.RTM_NEWLINK else None
@@ -95,10 +96,10 @@ def _membership(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[str]:
         if link is not None and link.master:
             master = links.get(link.master)
             kind = link.master_kind or (master.kind if master else "") or "device"
-            yield f"{name} is a member of {kind} {master.name if master else link.master}"
+            yield Conflict(f"{name} is a member of {kind} {master.name if master else link.master}", "member")
 
 
-def _queues(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[str]:
+def _queues(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[Conflict]:
     for message in netlink.dump_all(rt.RTM_GETQDISC, bytes(20)):
         if len(message.body) < 20:
             raise Malformed("a queueing discipline without its header")
@@ -110,47 +111,38 @@ def _queues(netlink: Netlink, ports: Mapping[int, str]) -> Iterator[str]:
         if kind in TC_POINTS:
             for word, point in TC_POINTS[kind].items():
                 if netlink.dump_all(rt.RTM_GETTFILTER, struct.pack("=4xiIII", index, 0, point, 0)):
-                    yield f"tc filters on {ports[index]} {word}"
+                    yield Conflict(f"tc filters on {ports[index]} {word}", "tc")
         elif kind not in PLAIN_QDISCS:
-            yield f"qdisc {kind} on {ports[index]}"
+            yield Conflict(f"qdisc {kind} on {ports[index]}", "qdisc")
 
 
-def _tcx(ports: Mapping[int, str]) -> Iterator[str]:
+def _tcx(ports: Mapping[int, str]) -> Iterator[Conflict]:
     for index, name in ports.items():
         for attach, word in ((bpf.ATTACH_TCX_INGRESS, "ingress"), (bpf.ATTACH_TCX_EGRESS, "egress")):
             for number in bpf.attached(index, attach):
                 program = bpf.program_info(number)
-                yield f"tcx program {program.name or '(unnamed)'} (id {program.id}) on {name} {word}"
+                what = f"tcx program {program.name or '(unnamed)'} (id {program.id}) on {name} {word}"
+                yield Conflict(what, "tcx")
 
 
-def _xfrm(families: Collection[int]) -> Iterator[str]:
-    try:
-        netlink = Netlink(NETLINK_XFRM)
-    except OSError:
-        return  # a kernel without XFRM
-    with netlink:
-        count = 0
-        for message in netlink.dump_all(XFRM_GETPOLICY, bytes(64)):
-            # struct xfrm_userpolicy_info: the selector's family is at 40, the direction at 160
-            if len(message.body) >= 161:
-                family, direction = struct.unpack_from("=H", message.body, 40)[0], message.body[160]
-                count += family in (rt.AF_UNSPEC, *families) and direction in (XFRM_OUT, XFRM_FORWARD)
-        if count:
-            names = "IPv4 and IPv6" if rt.AF_INET6 in families else "IPv4"
-            yield f"{count} XFRM polic{'y' if count == 1 else 'ies'} for {names} (ip xfrm policy)"
-        with contextlib.suppress(OSError):  # Linux 5.14
-            for message in netlink.ask(XFRM_GETDEFAULT, bytes(4)):
-                if len(message.body) >= 3 and XFRM_BLOCK in message.body[1:3]:
-                    yield "XFRM policies block by default (ip xfrm policy getdefault)"
+def _xfrm(families: Collection[int]) -> Iterator[Conflict]:
+    for policy in xfrm.policies():
+        if policy.family in (rt.AF_UNSPEC, *families) and policy.direction in XFRM_WAY:
+            yield Conflict(str(policy), "xfrm", **policy._asdict())
+    with contextlib.suppress(OSError), Netlink(NETLINK_XFRM) as netlink:  # Linux 5.14
+        if xfrm.blocks_by_default(netlink):
+            what = "XFRM policies block by default (ip xfrm policy getdefault)"
+            yield Conflict(what, "xfrm", direction="")
 
 
-def _settings(ports: Mapping[int, str]) -> Iterator[str]:
+def _settings(ports: Mapping[int, str]) -> Iterator[Conflict]:
     with contextlib.suppress(OSError), open("/proc/sys/net/ipv4/ip_forward_use_pmtu") as file:
         if file.read().strip() != "0":
-            yield "sysctl net.ipv4.ip_forward_use_pmtu (path MTUs that Linux has learned are not mirrored)"
+            what = "sysctl net.ipv4.ip_forward_use_pmtu (path MTUs that Linux has learned are not mirrored)"
+            yield Conflict(what, "setting")
     for name in ports.values():
         if setting("route_localnet", "all", name):  # 127.0.0.0/8 is a martian to `forward`
-            yield f"sysctl net.ipv4.conf.{name}.route_localnet"
+            yield Conflict(f"sysctl net.ipv4.conf.{name}.route_localnet", "setting")
 
 
 class Watch:
@@ -163,7 +155,7 @@ class Watch:
         self.sockets: list[Netlink] = []
         if quiet:
             return
-        for protocol, group in ((NETLINK_NETFILTER, netfilter.GROUP_NFTABLES), (NETLINK_XFRM, GROUP_XFRM_POLICY)):
+        for protocol, group in ((NETLINK_NETFILTER, netfilter.GROUP_NFTABLES), (NETLINK_XFRM, xfrm.GROUP_POLICY)):
             with contextlib.suppress(OSError):  # a kernel without it
                 self.sockets.append(Netlink(protocol, groups=(group,)))
 

@@ -10,13 +10,15 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from libfp.errors import BadInput, PolicyConflict
+from libfp.errors import BadInput, Error, PolicyConflict
 from libfp.linux import guard
 from libfp.linux import rtnetlink as rt
+from libfp.linux.conflict import Applies, summed
+from libfp.linux.decide import Direct, Via
 from libfp.linux.explain import explain
 from libfp.linux.mirror import Mirror
 from libfp.linux.neighbours import SHORTEST, HitMarks, interval
-from libfp.linux.ports import HostPort, PortPolicy, hash_fields, policy
+from libfp.linux.ports import HostPort, PortPolicy, hash_fields, own_address, policy
 from libfp.linux.punt import PuntPath
 from libfp.linux.state import Changes, State
 from libfp.pyxdp import LocalAddresses, Steer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("libfp.linux")
 
 LOOK_AGAIN = 5.0  # seconds between looks at settings and policies that nothing announces
+KEPT_LOOK = 0.05  # seconds between looks for neighbours that only packets which Linux never sees have asked for
 FRAME_SIZES = (2048, 4096)
 LOOPBACK = rt.Prefix(127 << 24, 8)  # as a source it is a martian anyway
 
@@ -46,6 +49,12 @@ class Linux:
     the fast path cannot finish arrives at Linux as if it had just been received. When the kernel would decide
     otherwise than its routes say (netfilter, policy rules, XFRM, tc, a bridge), nothing is started; `bypass=True`
     starts nevertheless, and forwarded packets go past those policies.
+
+    applies: asked about each conflict (`libfp.linux.conflict.Conflict`) that the kernel's policies are, at the start
+    and whenever they are looked at again; True says that the application applies this policy itself, or has put it
+    there, so that it is none. policy_changed: called in the mirror's thread when nftables or XFRM have changed, before
+    that look; what it raises leaves all packets to Linux until the next change. take: filters (see
+    `libfp.pyxdp.filters`) of packets that come to the ports though they are addressed to this host.
 
     mode: how XDP is attached, "auto", "native" or "skb". binding: AF_XDP's "auto", "zero-copy" or "copy". only: a
     canary, destination prefixes outside of which everything is left to Linux. frame_size: bytes of a UMEM frame, 2048
@@ -70,6 +79,9 @@ class Linux:
         mode: Literal["auto", "native", "skb"] = "auto",
         binding: Literal["auto", "zero-copy", "copy"] = "auto",
         only: Iterable[str] = (),
+        take: Iterable[str] = (),
+        applies: Applies | None = None,
+        policy_changed: Callable[[], None] | None = None,
         frame_size: int | None = None,
         ring_size: int = 1024,
         capacity: int = 1 << 20,
@@ -83,12 +95,14 @@ class Linux:
         self.names, self.bypass = names, bypass
         self._mode, self._binding = mode, binding
         self._only = tuple(str(parse_prefix(prefix)) for prefix in only)
+        self._take, self._applies, self._policy_changed = tuple(take), applies, policy_changed
         self._frame_size, self._ring_size, self._progress = frame_size, ring_size, progress
         self._capacity, self._wait = capacity, wait
         self._resources = ExitStack()
         self._policies: dict[int, PortPolicy] = {}
         self._hashing: dict[Literal[4, 6], int] = {}
         self._marked = 0.0
+        self._addresses: dict[int, tuple[bytes, bytes]] = {}  # each port's own, of both families
         self._local: dict[rt.Prefix, int] = {}  # of the local table, with their types
         self._announced = False
         self._carrying = threading.Lock()
@@ -115,13 +129,13 @@ class Linux:
         self._indexes = {device.index: number for number, device in enumerate(self.devices)}
         self._guarded = {device.index: device.name for device in self.devices}
         if not self.bypass:
-            guard.require(self._guarded)
+            guard.require(self._guarded, self._applies)
         self.local = undo.enter_context(LocalAddresses())
         self.routes = Routes(routes=self._capacity)
         self.ports: Sequence[HostPort] = [
             HostPort(
                 name,
-                Steer(only=self._only, local=self.local),
+                Steer(only=self._only, take=self._take, local=self.local),
                 xdp=self._mode,
                 binding=self._binding,
                 ring_size=self._ring_size,
@@ -133,11 +147,12 @@ class Linux:
         undo.callback(self.punt.close)
         self._marks = HitMarks()
         undo.callback(self._marks.close)
-        self._watch = guard.Watch(quiet=self.bypass)
+        self._watch = guard.Watch(quiet=self.bypass and self._policy_changed is None)
         undo.callback(self._watch.close)
         self.mirror = Mirror(self.routes, self._indexes, self._changed, self._pause, self._progress)
         undo.callback(self.mirror.close)
         self.mirror.every(SHORTEST, self._mark)
+        self.mirror.every(KEPT_LOOK if self._take else SHORTEST, self._resolve_kept)
         self.mirror.every(LOOK_AGAIN, self._look_again)
         for netlink in self._watch.sockets:
             self.mirror.watch(netlink, self._heard)
@@ -217,6 +232,19 @@ class Linux:
             self._marked = time.monotonic()
             self._marks.mark(self.mirror.fib.publisher.used(), self.mirror.state)
 
+    def _resolve_kept(self) -> None:
+        wanted = {self._neighbour_for(hop, address) for hop, address in self.routes.wanted()} - {None}
+        if wanted:
+            self._marks.want(key for key in wanted if key is not None)
+
+    def _neighbour_for(self, hop: int, address: bytes) -> tuple[int, bytes] | None:
+        """The (link, address) of the neighbour that a packet to `address` lacks, by a next hop without one."""
+        via = self.mirror.fib.publisher.via(hop)
+        found = via or self.mirror.fib.lookup(int.from_bytes(address, "big"), 8 * len(address))
+        if isinstance(found, Direct):
+            return found.link, address
+        return (found.link, found.gateway) if isinstance(found, Via) else None
+
     def _changed(self, state: State, changes: Changes) -> None:
         if not self._announced:
             self._announced = True
@@ -228,6 +256,8 @@ class Linux:
             self._follow_link(state, index)
         if changes.links:
             self._marks.retry()
+        if changes.addresses or changes.links:
+            self._follow_addresses(state)
         if changes.policy and not self.bypass:
             self._look_for_conflicts()
         if changes.netconf or changes.links or changes.policy:
@@ -235,7 +265,15 @@ class Linux:
 
     def _heard(self) -> None:
         self._watch.drain()
-        self._look_for_conflicts()
+        if self._policy_changed is not None:
+            try:
+                self._policy_changed()
+            except (Error, OSError) as error:
+                self.mirror.suspend("application", str(error))
+            else:
+                self.mirror.resume("application")
+        if not self.bypass:
+            self._look_for_conflicts()
 
     def _look_again(self) -> None:
         if not self.bypass:
@@ -246,7 +284,7 @@ class Linux:
         """A policy that appears while we run has the last word: Linux forwards alone until it is gone."""
         present = {index: name for index, name in self._guarded.items() if index in self.mirror.state.links}
         try:
-            guard.require(present)
+            guard.require(present, self._applies)
         except PolicyConflict as conflict:
             self.mirror.suspend("policy", conflict.what)
         else:
@@ -274,15 +312,26 @@ class Linux:
         if link.mtu != self.punt.taps[number].mtu:
             self.punt.taps[number].set_mtu(link.mtu)
 
+    def _follow_addresses(self, state: State) -> None:
+        for number, device in enumerate(self.devices):
+            before = self._addresses.get(device.index, (b"", b""))
+            now = own_address(state, device.index, 32, before[0]), own_address(state, device.index, 128, before[1])
+            if now != before:
+                self._addresses[device.index] = now
+                self.routes.set_address(number, *now)
+
+    def _set_port(self, number: int) -> None:
+        index = self.devices[number].index
+        now = self._policies.get(index, PortPolicy())
+        self.routes.set_port(number, rp_filter=now.rp_filter, redirects=now.redirects, accept_local=now.accept_local)
+
     def _follow_settings(self, state: State) -> None:
         for number, device in enumerate(self.devices):
             now = policy(state, device.index, device.name)
             before = self._policies.get(device.index)
             if now != before:
                 self._policies[device.index] = now
-                self.routes.set_port(
-                    number, rp_filter=now.rp_filter, redirects=now.redirects, accept_local=now.accept_local
-                )
+                self._set_port(number)
                 present = device.index in state.links  # of one that is gone `_follow_link` has spoken
                 if present and not now.forwarding and (before is None or before.forwarding):
                     log.warning(
@@ -307,7 +356,7 @@ class Linux:
     def _announce(self, state: State) -> None:
         """Say at start what goes to Linux that might have been expected to go past it."""
         if self.bypass:
-            for conflict in guard.conflicts(self._guarded):
+            for conflict in summed(guard.conflicts(self._guarded)):
                 log.warning("bypassed: %s", conflict)
         others: dict[str, int] = {}
         for routes, count in [*state.rib.counts().items(), *state.rib6.counts().items()]:

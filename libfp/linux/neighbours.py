@@ -42,6 +42,7 @@ class HitMarks:
     def __init__(self) -> None:
         self._netlink = Netlink()
         self._asked: dict[tuple[int, bytes], tuple[float, float]] = {}  # when to ask again, and for how long not then
+        self._kept: dict[tuple[int, bytes], tuple[float, float]] = {}  # the same
         self.sent = 0
 
     def mark(self, used: Iterable[Via], state: State) -> None:
@@ -69,9 +70,21 @@ class HitMarks:
                 due, patience = now + patience, min(2 * patience, MOST_PATIENCE)
             self._asked[key] = due, patience
 
+    def want(self, wanted: Iterable[tuple[int, bytes]], now: float | None = None) -> None:
+        """Have Linux find out the MAC addresses of these (link, address), for which packets have been dropped since the
+        last call: Linux never sees those. As `resolve`, but asked for as long as packets come."""
+        now = time.monotonic() if now is None else now
+        self._kept = {key: when for key, when in self._kept.items() if now < when[0] + MOST_PATIENCE}
+        for key in wanted:
+            due, patience = self._kept.get(key, (now, SHORTEST))
+            if now >= due:
+                self._use(*key, NLM_F_CREATE)
+                self._kept[key] = now + patience, min(2 * patience, MOST_PATIENCE)
+
     def retry(self) -> None:
         """Those that did not answer may do so now: ask again at the next look."""
         self._asked.clear()
+        self._kept.clear()
 
     def _use(self, link: int, address: bytes, flags: int) -> None:
         family = rt.AF_INET if len(address) == 4 else rt.AF_INET6

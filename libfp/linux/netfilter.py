@@ -13,6 +13,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+from libfp.linux.conflict import Conflict
 from libfp.linux.netlink import NETLINK_NETFILTER, Message, Netlink, attribute_list, attributes, text
 
 GROUP_NFTABLES = 7
@@ -27,15 +28,15 @@ IPT_SO_GET_INFO, IPT_SO_GET_ENTRIES = 64, 65
 _GETINFO = struct.Struct("=32sI5I5III")  # name, valid hooks, where each hook's chain begins, its policy, entries, bytes
 
 
-def conflicts(ports: Collection[str], ipv6: bool = False) -> Iterator[str]:
-    """What netfilter would decide about packets forwarded between these interfaces, one line each."""
+def conflicts(ports: Collection[str], ipv6: bool = False) -> Iterator[Conflict]:
+    """What netfilter would decide about packets forwarded between these interfaces."""
     yield from nftables(ports, FAMILIES6 if ipv6 else FAMILIES)
     yield from iptables(_IPTABLES)
     if ipv6:
         yield from iptables(_IP6TABLES)
 
 
-def nftables(ports: Collection[str], families: Mapping[int, str] = FAMILIES) -> Iterator[str]:
+def nftables(ports: Collection[str], families: Mapping[int, str] = FAMILIES) -> Iterator[Conflict]:
     """Base chains on the way that have rules, or a policy other than accept."""
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
@@ -46,29 +47,30 @@ def nftables(ports: Collection[str], families: Mapping[int, str] = FAMILIES) -> 
         return  # a kernel without nftables
     for message in chains:
         found = _chain(message, ports, families)
-        if found:
+        if found is not None:
             yield found
 
 
-def _chain(message: Message, ports: Collection[str], families: Mapping[int, str]) -> str:
+def _chain(message: Message, ports: Collection[str], families: Mapping[int, str]) -> Conflict | None:
     family = message.body[0] if message.body else 0
     chain = attributes(message.body, 4)
     if family not in families or 4 not in chain:  # NFTA_CHAIN_HOOK: only base chains have one
-        return ""
+        return None
     hook = attributes(chain[4])
     number = int.from_bytes(hook.get(1, b""), "big")
     name = (NETDEV_HOOKS if families[family] == "netdev" else HOOKS).get(number)
     if name is None:
-        return ""
+        return None
     devices = [text(hook[3])] if 3 in hook else []
     devices += [text(value) for kind, value in attribute_list(hook.get(4, memoryview(b""))) if kind == 1]
     if name in NETDEV_HOOKS.values() and not set(devices) & set(ports):
-        return ""
+        return None
     policy = int.from_bytes(chain[5], "big") if 5 in chain else NF_ACCEPT
     if policy == NF_ACCEPT and not int.from_bytes(chain.get(6, b""), "big"):  # NFTA_CHAIN_USE: its rules
-        return ""
+        return None
     where = f"hook {name}" + ("" if policy == NF_ACCEPT else ", policy drop")
-    return f"nftables chain {families[family]} {text(chain[1])} {text(chain[3])} ({where})"
+    about = {"family": families[family], "table": text(chain[1]), "chain": text(chain[3])}
+    return Conflict(f"nftables chain {' '.join(about.values())} ({where})", "nftables", hook=name, **about)
 
 
 class _Legacy(NamedTuple):
@@ -85,7 +87,7 @@ _IPTABLES = _Legacy("iptables", "ip_tables_names", socket.AF_INET, socket.SOL_IP
 _IP6TABLES = _Legacy("ip6tables", "ip6_tables_names", socket.AF_INET6, socket.IPPROTO_IPV6, 140)
 
 
-def iptables(legacy: _Legacy) -> Iterator[str]:
+def iptables(legacy: _Legacy) -> Iterator[Conflict]:
     """Tables of legacy iptables that have rules, or a policy other than accept, on the way of a forwarded packet."""
     try:
         with open(f"/proc/thread-self/net/{legacy.names}") as file:
@@ -94,7 +96,8 @@ def iptables(legacy: _Legacy) -> Iterator[str]:
         return
     for name in names:
         for hook, policy in _legacy(name, legacy):
-            yield f"{legacy.name} (legacy) table {name}, chain {hook.upper()}" + ("" if policy else " (policy drop)")
+            what = f"{legacy.name} (legacy) table {name}, chain {hook.upper()}" + ("" if policy else " (policy drop)")
+            yield Conflict(what, "iptables")
 
 
 def _legacy(table: str, legacy: _Legacy) -> Iterator[tuple[str, bool]]:

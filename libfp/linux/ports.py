@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from libfp.linux import rtnetlink as rt
 from libfp.linux.state import State
 from libfp.ports.xdp import XdpPort
 from libfp.pyxdp.steer import Family
@@ -84,6 +85,22 @@ def policy(state: State, link: int, name: str) -> PortPolicy:
         redirects=setting("send_redirects", "all", name),
         accept_local=setting("accept_local", "all", name),
     )
+
+
+def own_address(state: State, link: int, bits: int = 32, before: bytes = b"") -> bytes:
+    """What the ICMP errors about packets that arrive on a port come from (RFC 1812, 4.3.2.4): its primary address, of
+    several the one it was `before`. A port without any borrows another link's; empty when the host has none."""
+    by_link = state.addresses if bits == 32 else state.addresses6
+    for links in ((link,), sorted(by_link)):
+        found = [
+            (address.secondary, address.scope, address.local != before, address.local)
+            for index in links
+            for address in by_link.get(index, ())
+            if address.scope < rt.SCOPE_LINK and not address.tentative
+        ]
+        if found:
+            return min(found)[3]
+    return b""
 
 
 def setting(what: str, *scopes: str) -> bool:

@@ -33,7 +33,7 @@ ARPHRD_ETHER = 1
 NUD_INCOMPLETE, NUD_REACHABLE, NUD_STALE, NUD_DELAY, NUD_PROBE = 0x01, 0x02, 0x04, 0x08, 0x10
 NUD_FAILED, NUD_NOARP, NUD_PERMANENT = 0x20, 0x40, 0x80
 NTF_USE, NTF_PROXY = 0x01, 0x08
-IFA_F_TENTATIVE = 0x40
+IFA_F_SECONDARY, IFA_F_TENTATIVE = 0x01, 0x40
 TABLE_DEFAULT, TABLE_MAIN, TABLE_LOCAL = 253, 254, 255
 TABLE_NAMES = {TABLE_DEFAULT: "default", TABLE_MAIN: "main", TABLE_LOCAL: "local"}
 UNICAST, LOCAL, BROADCAST, ANYCAST, MULTICAST, BLACKHOLE, UNREACHABLE, PROHIBIT, THROW = range(1, 10)
@@ -84,7 +84,8 @@ class Link:
 class Address(NamedTuple):
     """An address of this host: `local` is 4 or 16 bytes in network order; `peer` differs on point-to-point links.
 
-    While it is `tentative` nobody uses it: somebody else might have it (RFC 4862).
+    While it is `tentative` nobody uses it: somebody else might have it (RFC 4862). A `secondary` one is in another's
+    subnet (of IPv6: a temporary one).
     """
 
     link: int
@@ -93,6 +94,8 @@ class Address(NamedTuple):
     peer: bytes
     length: int
     tentative: bool = False
+    scope: int = 0
+    secondary: bool = False
 
 
 class Neighbour(NamedTuple):
@@ -237,12 +240,13 @@ def link(body: memoryview) -> Link | None:
 
 def address(body: memoryview) -> Address | None:
     """Decode RTM_NEWADDR, RTM_DELADDR."""
-    family, length, flags, _scope, index = _fixed(_IFADDRMSG, body)
+    family, length, flags, scope, index = _fixed(_IFADDRMSG, body)
     found = attributes(body, 8)
     peer = _address(found.get(1))  # IFA_ADDRESS; IFA_LOCAL is there when it differs, and always for IPv4
     local = _address(found.get(2)) or peer
     tentative = family == AF_INET6 and flags & IFA_F_TENTATIVE != 0
-    return Address(index, family, local, peer, length, tentative) if local else None
+    secondary = flags & IFA_F_SECONDARY != 0
+    return Address(index, family, local, peer, length, tentative, scope, secondary) if local else None
 
 
 def neighbour(body: memoryview) -> Neighbour | None:

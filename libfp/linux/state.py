@@ -34,13 +34,14 @@ class Changes:
     neighbours: set[tuple[int, bytes]] = field(default_factory=set)
     links: set[int] = field(default_factory=set)
     netconf: bool = False  # forwarding or rp_filter of some interface
+    addresses: bool = False  # this host's own
     policy: bool = False  # a policy rule or a traffic control object: the guard must look again
     resync: bool = False  # something changed that its message does not tell in full
     rows: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        found = self.prefixes or self.neighbours or self.links or self.netconf or self.policy or self.resync
-        return bool(found or self.rows)
+        found = self.prefixes or self.neighbours or self.links or self.addresses or self.netconf or self.policy
+        return bool(found or self.resync or self.rows)
 
     def add_rows(self, bits: int, rows: np.ndarray) -> None:
         """These prefixes have changed."""
@@ -209,14 +210,15 @@ class State:
         rib, by_link = self.ribs[bits], self.addresses if bits == 32 else self.addresses6
         mine = by_link.setdefault(address.link, set())
         self.bulk.links_changed()
-        if bits == 128:  # there is one with a link's local address, whatever its peer and its prefix become
-            mine -= {other for other in mine if other.local == address.local}
+        changes.addresses = True
+        # of IPv6 there is one with a link's local address, whatever its peer and its prefix become
+        same = 3 if bits == 128 else 5
+        mine -= {other for other in mine if other[:same] == address[:same]}
         if new:
             mine.add(address)
             if bits == 32 and address.link in self.links and self.links[address.link].up:
                 changes.add_rows(bits, rib.link_up(address.link))
             return
-        mine.discard(address)
         if not any(other.local == address.local for others in by_link.values() for other in others):
             changes.add_rows(bits, rib.address_gone(address.local))
         if not mine and bits == 32:
@@ -279,6 +281,7 @@ class State:
         changes = Changes(
             neighbours=differ(self.neighbours, other.neighbours),
             links=differ(self.links, other.links),
+            addresses=(self.addresses, self.addresses6) != (other.addresses, other.addresses6),
             netconf=(self.netconf, self.netconf6) != (other.netconf, other.netconf6),
             policy=True,
         )

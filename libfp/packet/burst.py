@@ -13,8 +13,9 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     64    frame     64 x u64, the packet's first byte as an offset into the UMEM
     576   length    64 x u32, bytes from the Ethernet header to the end
     832   kind      64 x u32, set by the stage `parse`. Low byte 4: a sound IPv4 header without options, 0x14: one with
-                    options, 6: a sound IPv6 header, 0x16: one with hop-by-hop options, 0: anything else; above it how
-                    many bytes the network header lies behind where it is in an untagged frame
+                    options, 6: a sound IPv6 header, 0x16: one with hop-by-hop options, 0: anything else; | 0x20: Linux
+                    must never get it, | 0x40: made here. Above it how many bytes the network header lies behind where
+                    it is in an untagged frame
     1088  verdict   64 x u32, see `libfp.packet.verdict`
     1344  next_hop  64 x u32, index of the next hop that decided, 0 for none
     1600  key       64 x u32, scratch for bulk lookups within one stage
@@ -22,6 +23,8 @@ Every word of a burst belongs to the worker whose burst it is. Layout, in bytes 
     2368  wide      64 x 16 bytes, scratch as `key` is, for IPv6 addresses
     3392  picked    64 x u32, scratch: which packets a list within one stage is about
     3648  found     64 x u32, scratch: what was looked up for them
+    3904  stride    how far apart frames are, a power of 2
+    3912  size      how many bytes of each may be used
 
 After a stage, packets that have a verdict leave the burst and the rest move up, in order: a stage finds every packet
 of 0..count-1 live when it begins, and within one stage the first verdict wins.
@@ -51,9 +54,12 @@ BURST = 64
 FLAG, WORKER, WORKERS, LENDER, FIRST = range(24, 64, 8)
 FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
 WIDE, PICKED, FOUND = 2368, 3392, 3648
-SIZE = 3904
+STRIDE, FRAME_SIZE = 3904, 3912
+SIZE = 3968
 
 KIND_IPV4, KIND_IPV4_OPTIONS, KIND_IPV6, KIND_IPV6_OPTIONS = 4, 0x14, 6, 0x16
+KIND_KEPT, KIND_MADE = 0x20, 0x40
+KIND_FLAGS = KIND_KEPT | KIND_MADE
 
 
 @native
@@ -98,6 +104,66 @@ class Packet:
         at = self.l3
         first = load8(at)
         return at + (IPV6_SIZE if first >> 4 == 6 else (first & 15) << 2)
+
+    @property
+    def headroom(self) -> int:
+        """Bytes of the frame in front of the first byte."""
+        return load64(self.burst + FRAME + 8 * self.i) & load64(self.burst + STRIDE) - 1
+
+    @property
+    def tailroom(self) -> int:
+        """Bytes of the frame behind the last byte."""
+        return load64(self.burst + FRAME_SIZE) - self.headroom - self.length
+
+    # As DPDK calls them. Headers are then elsewhere: `libfp.stages.parse_again` finds out what is there.
+
+    def prepend(self, n: int) -> bool:
+        """Begin `n` bytes earlier; False, and nothing has changed, if the frame has no room for them."""
+        if ult64(self.headroom, n):
+            return False
+        self._move(-n, n)
+        return True
+
+    def adj(self, n: int) -> bool:
+        """Begin `n` bytes later; False, and nothing has changed, if there are not as many."""
+        if ult64(self.length, n):
+            return False
+        self._move(n, -n)
+        return True
+
+    def append(self, n: int) -> bool:
+        """End `n` bytes later; False, and nothing has changed, if the frame has no room for them."""
+        if ult64(self.tailroom, n):
+            return False
+        self._move(0, n)
+        return True
+
+    def trim(self, n: int) -> bool:
+        """End `n` bytes earlier; False, and nothing has changed, if there are not as many."""
+        if ult64(self.length, n):
+            return False
+        self._move(0, -n)
+        return True
+
+    def _move(self, start: int, length: int) -> None:
+        at, i = self.burst, self.i
+        store64(at + FRAME + 8 * i, load64(at + FRAME + 8 * i) + start)
+        store32(at + LENGTH + 4 * i, load32(at + LENGTH + 4 * i) + length)
+
+    def keep(self) -> None:
+        """From here on Linux must never get it: a stage that punts it drops it, by the same name."""
+        at = self.burst + KIND + 4 * self.i
+        store32(at, load32(at) | KIND_KEPT)
+
+    def made(self) -> None:
+        """It is one that we have made: kept from Linux, and its source may be this host's own address."""
+        at = self.burst + KIND + 4 * self.i
+        store32(at, load32(at) | KIND_FLAGS)
+
+    @property
+    def is_kept(self) -> bool:
+        """`keep` or `made` has been said of it."""
+        return load32(self.burst + KIND + 4 * self.i) & KIND_KEPT != 0
 
     @property
     def ethernet(self) -> Ethernet:
@@ -271,9 +337,16 @@ class Burst:
         """Bytes in packet `i`'s frame, Ethernet header included."""
         return load32(self.at + LENGTH + 4 * i)
 
+    def next_hop(self, i: int) -> int:
+        """Index of the next hop that has been found for packet `i`, 0 for none."""
+        return load32(self.at + NEXT_HOP + 4 * i)
+
     def is_ipv4(self, i: int) -> bool:
         """See `Packet.is_ipv4`."""
         return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV4
+
+    def is_ipv6(self, i: int) -> bool:
+        return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV6
 
     def is_live(self, i: int) -> bool:
         """Packet `i` has no verdict yet."""

@@ -13,6 +13,8 @@ from libfp.jit.memory import view
 from libfp.ports.frames import FrameMemory, OpenPort
 from libfp.ports.rings import RingAddresses
 
+HEADROOM = 256  # in front of a received packet, as with AF_XDP; none where it ends or begins at a guard page
+
 
 class Wire:
     """The far end of one queue of a memory port: what the kernel is to a real one."""
@@ -52,6 +54,8 @@ class Wire:
             store_release32(self.fill.consumer, u32(consumer + 1))
             if self.frames.guard == "end":
                 frame += self.frames.frame_size - len(packet)
+            elif not self.frames.guard and HEADROOM + len(packet) <= self.frames.frame_size:
+                frame += HEADROOM
             view(self.frames.address + frame, len(packet))[:] = packet
             desc = self.rx.descs + (producer & (self.ring_size - 1)) * 16
             store64(desc, frame)

@@ -162,7 +162,7 @@ _WHOLE_HEADER = """
   %version_ok = icmp uge i8 %ihl_byte, 69
   %ihl_ok = icmp ule i8 %ihl_byte, 79
   %sound = and i1 %version_ok, %ihl_ok
-  br i1 %sound, label %filter0, label %pass
+  br i1 %sound, label %filter0, label %missed
 """
 
 # The address of the transport header is hidden from LLVM in an empty assembly line: the verifier must see the checked
@@ -243,7 +243,7 @@ _WHOLE_HEADER6 = """
   %version_byte = load i8, ptr %version_at
   %version = and i8 %version_byte, 240
   %sound6 = icmp eq i8 %version, 96
-  br i1 %sound6, label %six0, label %pass
+  br i1 %sound6, label %six0, label %missed
 """
 
 
@@ -301,14 +301,18 @@ def _unrouted6(name: str) -> str:
 """
 
 
-def router(*, generic: bool, only: bool) -> str:
-    """The router's default: everything that Linux would forward, and nothing that is for this host or this link."""
-    return "".join([_HEAD, _REINJECTED if generic else "", _ETHERNET, _router4(only), _router6(only), _TAIL])
+def router(*, generic: bool, only: bool, take: Sequence[Filter] = ()) -> str:
+    """The router's default: everything that Linux would forward, and nothing that is for this host or this link; and
+    what any of the filters `take` takes, as in `pinhole`."""
+    text = [_HEAD, _REINJECTED if generic else "", _ETHERNET, _IP, _filters(take, False, "router")]
+    text += [_router4(only), _IP6, _filters(take, True, "router6"), _router6(only), _TAIL]
+    return "".join(text)
 
 
 def _router4(only: bool) -> str:
     narrowed = f"{_lookup('only', ONLY)}  br i1 %only_none, label %pass, label %redirect" if only else ""
-    return f"""{_IP}
+    return f"""
+router:
   br i1 %to_port, label %unicast, label %pass
 
 unicast:
@@ -354,7 +358,8 @@ foreign:
 
 def _router6(only: bool) -> str:
     narrowed = f"{_lookup('only6', ONLY6, six=True)}  br i1 %only6_none, label %pass, label %redirect" if only else ""
-    return f"""{_IP6}
+    return f"""
+router6:
   br i1 %to_port, label %unicast6, label %pass
 
 unicast6:
@@ -396,18 +401,18 @@ def pinhole(filters: Sequence[Filter], *, generic: bool) -> str:
     """What any of the filters takes, even when it is addressed to this host. Neighbour discovery is taken only by a
     filter that names its protocol: without it, Linux would lose the neighbours that every packet needs."""
     text = [_HEAD, _REINJECTED if generic else "", _ETHERNET]
-    text += [_IP, _WHOLE_HEADER, _chain("filter", [one for one in filters if one.family != 6], six=False)]
-    text += [_IP6, _WHOLE_HEADER6, _chain("six", [one for one in filters if one.family != 4], six=True)]
-    return "".join([*text, _TAIL])
+    return "".join([*text, _IP, _filters(filters, False), _IP6, _filters(filters, True), _TAIL])
 
 
-def _chain(name: str, filters: Sequence[Filter], six: bool) -> str:
-    """The blocks of the filters, from %NAME0 to %redirect or %pass."""
-    text = []
-    for number, filter_ in enumerate(filters):
-        missed = f"{name}{number + 1}" if number + 1 < len(filters) else "pass"
-        text.append(_filter(f"{name}{number}", filter_, missed, six))
-    return "".join(text) or f"\n{name}0:\n  br label %pass\n"
+def _filters(filters: Sequence[Filter], six: bool, missed: str = "pass") -> str:
+    """The blocks of the filters for one family, which lead to %redirect or to the block `missed`."""
+    mine = [one for one in filters if one.family != (4 if six else 6)]
+    sound, name = (_WHOLE_HEADER6, "six") if six else (_WHOLE_HEADER, "filter")
+    text = [sound.replace("%missed", f"%{missed}")]
+    for number, filter_ in enumerate(mine):
+        otherwise = f"{name}{number + 1}" if number + 1 < len(mine) else missed
+        text.append(_filter(f"{name}{number}", filter_, otherwise, six))
+    return "".join(text) if mine else f"\n  br label %{missed}\n"
 
 
 def _words(prefix: Prefix) -> list[tuple[str, str, int, int]]:

@@ -42,7 +42,8 @@ class Steer:
     DHCP, everything in `local`, and frames longer than the port's MTU (segments that the kernel or the NIC has merged).
     Of IPv6 also: addresses in ::/64 (unspecified, loopback, mapped), neighbour discovery whatever its addresses,
     packets with a hop-by-hop header, and those that end before their payload does. With `only`, a canary: just the
-    destinations in these prefixes are taken.
+    destinations in these prefixes are taken. With `take`, what any of these filters takes is taken beside the default
+    (or beside `only`), *also* when it is addressed to this host: ESP that this host's application decrypts.
 
     With filters it is a pin-hole: what any of the filters takes, and nothing else, *also* when it is addressed to this
     host; the grammar is in `libfp.pyxdp.filters`. A filter takes both families unless it names one; of an IPv6 packet
@@ -64,29 +65,31 @@ class Steer:
         self,
         *filters: str,
         only: Iterable[str] = (),
+        take: Iterable[str] = (),
         local: LocalAddresses | None = None,
         families: Iterable[Family] | None = None,
     ) -> None:
         self.filters = tuple(parse_filter(text) for text in filters)
-        self.only = tuple(only)
+        self.only, self._take_texts = tuple(only), tuple(take)
+        self.take = tuple(map(parse_filter, self._take_texts))
         self.local = local
         default: tuple[Family, ...] = ("ipv4", "ipv6") if filters else ("ipv4",)
         self.families = default if families is None else _families(families)
         self._texts = filters
-        if self.filters and self.only:
-            raise BadInput(
-                "only= narrows the router's default and cannot be used with a filter", "put it in the filter"
-            )
+        if self.filters and (self.only or self.take):
+            what = "only= narrows" if self.only else "take= adds to"
+            raise BadInput(f"{what} the router's default and cannot be used with a filter", "put it in the filter")
 
     def __repr__(self) -> str:
-        arguments = [*map(repr, self._texts), *([f"only={list(self.only)}"] if self.only else [])]
+        named = (("only", self.only), ("take", self._take_texts))
+        arguments = [*map(repr, self._texts), *(f"{name}={list(texts)}" for name, texts in named if texts)]
         return f"Steer({', '.join([*arguments, f'families={self.families}'])})"
 
     def text(self, generic: bool) -> str:
         """The program as LLVM text; `generic` is for generic (skb) mode, where re-injected frames come by again."""
         if self.filters:
             return program.pinhole(self.filters, generic=generic)
-        return program.router(generic=generic, only=bool(self.only))
+        return program.router(generic=generic, only=bool(self.only), take=self.take)
 
     def attach(self, interface: str, *, mode: Literal["auto", "native", "skb"] = "auto") -> Attachment:
         """Switch off what hardware does to frames before XDP sees them, load the program and attach it.

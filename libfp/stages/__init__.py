@@ -1,10 +1,12 @@
-"""The shared stages: `parse` first, then yours, then `forward` with the `Routes` it reads; `by_flow` where a
-flow's two directions must meet on one worker."""
+"""The shared stages: `parse` first, then yours, then `forward` with the `Routes` it reads, or `route`, yours and
+`rewrite` where yours want to know the way out; `by_flow` where a flow's two directions must meet on one worker.
+"""
 
 from libfp.stages.flows import by_flow, flow_owner, symmetric_hash
-from libfp.stages.forwarding import forward
-from libfp.stages.parsing import parse
-from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, RoutesView
+from libfp.stages.forwarding import forward, rewrite, route
+from libfp.stages.icmp import icmp_error
+from libfp.stages.parsing import parse, parse_again
+from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, RoutesView, out_port
 
 __all__ = [
     "Drop",
@@ -17,6 +19,11 @@ __all__ = [
     "by_flow",
     "flow_owner",
     "forward",
+    "icmp_error",
+    "out_port",
     "parse",
+    "parse_again",
+    "rewrite",
+    "route",
     "symmetric_hash",
 ]

@@ -16,7 +16,19 @@ from libfp.jit import (
     ult64,
     unlikely,
 )
-from libfp.packet.burst import FOUND, FRAME, KIND, KIND_IPV6, LENGTH, NEXT_HOP, PICKED, VERDICT, WIDE, Burst
+from libfp.packet.burst import (
+    FOUND,
+    FRAME,
+    KIND,
+    KIND_FLAGS,
+    KIND_IPV6,
+    LENGTH,
+    NEXT_HOP,
+    PICKED,
+    VERDICT,
+    WIDE,
+    Burst,
+)
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 from libfp.stages.multipath import look_closer
@@ -26,12 +38,12 @@ _IP = ETHERNET_SIZE
 
 
 @kernel
-def forward6(burst: Burst, routes: RoutesView) -> None:
-    """Give every IPv6 packet of the burst its verdict."""
+def look_up6(burst: Burst, routes: RoutesView) -> int:
+    """The NEXT_HOP of every IPv6 packet, or a verdict; how many there are without. `PICKED` says which."""
     at, base = burst.at, burst.base
     keys, picked, found, m = at + WIDE, at + PICKED, at + FOUND, 0
     for i in range(burst.count):
-        if load32(at + KIND + 4 * i) != KIND_IPV6:
+        if load32(at + KIND + 4 * i) & ~KIND_FLAGS != KIND_IPV6:
             continue
         ip = base + load64(at + FRAME + 8 * i) + _IP
         unusual = is_unusual6(load8(ip + 8)) | is_unusual6(load8(ip + 24)) | (load8(ip + 7) < 2)
@@ -44,13 +56,22 @@ def forward6(burst: Burst, routes: RoutesView) -> None:
         store32(picked + 4 * m, i)
         m += 1
     routes.fib6.lookup_burst(keys, found, m)
-    hops, most, hits, epoch = routes.hops, routes.capacity, routes.hits, routes.epoch
+    hops, most = routes.hops, routes.capacity
     for k in range(m):
         hop = load32(found + 4 * k)
         if unlikely(ult64(hop, most) == 0):
             hop = 0  # no such next hop: as if there were no route
         prefetch(hops + HOP_SIZE * hop)
         store32(at + NEXT_HOP + 4 * load32(picked + 4 * k), hop)
+    return m
+
+
+@kernel
+def forward6(burst: Burst, routes: RoutesView) -> None:
+    """Give every IPv6 packet of the burst its verdict."""
+    at, base = burst.at, burst.base
+    picked, m = at + PICKED, look_up6(burst, routes)
+    hops, hits, epoch = routes.hops, routes.hits, routes.epoch
     back = (FORWARD << KIND_SHIFT) + burst.port
     for k in range(m):
         i = load32(picked + 4 * k)
@@ -63,7 +84,7 @@ def forward6(burst: Burst, routes: RoutesView) -> None:
             entry = hops + HOP_SIZE * hop
         data, last = base + load64(at + FRAME + 8 * i), load64(entry + 16)
         verdict = shr64(last, 32)
-        if unlikely(verdict == back):
+        if unlikely(verdict == back) and load32(at + KIND + 4 * i) & KIND_FLAGS == 0:
             burst.punt(i, "redirect")  # RFC 4861 section 8.2; no setting forbids it
             continue
         store64(data, load64(entry + 8))

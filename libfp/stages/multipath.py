@@ -8,8 +8,10 @@ reaches the host that sent the packet (RFC 7690).
 from __future__ import annotations
 
 from libfp.jit import kernel, load8, load16, load16be, load32, load64, mul64, shr64, store32, ult64
-from libfp.packet.burst import NEXT_HOP, Burst
+from libfp.packet.burst import KIND, KIND_KEPT, NEXT_HOP, Burst
 from libfp.packet.headers import ETHERNET_SIZE, FRAGMENT, ICMP, ICMPV6, IPV6_SIZE, TCP, UDP
+from libfp.packet.verdict import KIND_SHIFT, PUNT, reason_code
+from libfp.stages.notes import note
 from libfp.stages.routes import (
     ACTION_FORWARD,
     ACTION_MULTIPATH,
@@ -29,6 +31,7 @@ _WITH_PORTS = 1 << TCP | 1 << UDP | 1 << 33  # DCCP
 _WITH_PORTS_128 = 1 << 132 - 128 | 1 << 136 - 128  # SCTP, UDP-Lite
 _ERRORS = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 11 | 1 << 12
 _PORTS = FIELD_SPORT | FIELD_DPORT
+_NO_NEIGHBOUR = (PUNT << KIND_SHIFT) + reason_code("no-neighbour")
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _FRAGMENT = 0xFF3F  # more fragments, or an offset: the 16 bits as the machine loads them
 
@@ -45,7 +48,10 @@ def look_closer(burst: Burst, i: int, routes: RoutesView, hop: int) -> int:
         entry = routes.hops + HOP_SIZE * hop
     what = load64(entry)
     if what & 0xFF != ACTION_FORWARD:
-        burst.settle(i, shr64(load64(entry + 16), 32))
+        verdict = shr64(load64(entry + 16), 32)
+        if verdict == _NO_NEIGHBOUR and load32(burst.at + KIND + 4 * i) & KIND_KEPT != 0:
+            note(routes.notes, hop, ip, routes.epoch)
+        burst.settle(i, verdict)
     elif (IPV6_SIZE + load16be(ip + 4) if load8(ip) >> 4 == 6 else load16be(ip + 2)) > what >> 24:
         burst.punt(i, "fragment-needed")
     else:

@@ -11,6 +11,7 @@ from libfp.jit import (
     load8,
     load16,
     load16be,
+    load32,
     load64,
     shr64,
     store32,
@@ -20,6 +21,7 @@ from libfp.jit import (
 )
 from libfp.packet.burst import (
     KIND,
+    KIND_FLAGS,
     KIND_IPV4,
     KIND_IPV4_OPTIONS,
     KIND_IPV6,
@@ -51,6 +53,16 @@ def parse(burst: Burst) -> None:
             odd = without_lowest64(odd)
     for i in range(whole, n):
         parse_one(burst, i)
+
+
+@kernel
+def parse_again(burst: Burst, i: int) -> None:
+    """What `parse` does, for one packet that a stage has changed. What has been said of it (`keep`, `made`) holds."""
+    kind = burst.at + KIND + 4 * i
+    flags = load32(kind) & KIND_FLAGS
+    store32(kind, 0)
+    parse_one(burst, i)
+    store32(kind, load32(kind) | flags)
 
 
 @kernel

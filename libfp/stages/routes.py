@@ -14,6 +14,7 @@ after them.
 from __future__ import annotations
 
 import os
+import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ import numpy as np
 
 from libfp.engine.dissect import dissect
 from libfp.errors import BadInput, TableFull
-from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, store64, word
+from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, store64, ult64, word
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
+from libfp.stages import notes
 from libfp.tables.lpm4 import Lpm4, Lpm4View
 from libfp.tables.lpm6 import Lpm6, Lpm6View
 from libfp.tables.table import Table
@@ -43,8 +45,9 @@ MAX_PORTS = 256
 # first eight bytes of the Ethernet header; its next four, with the verdict << 32; the longest frame that surely fits,
 # 0 where nothing is sent. Entry 0 is where packets without a route end. A multipath entry holds in its second word the
 # number of the entry where its buckets begin, `BUCKETS` indexes of 32 bits; in its third the ports it leaves by.
-_PORT_FLAGS, _SOURCES, _HASHING, _HOPS = 8, 264, 560, 1024
+_PORT_FLAGS, _SOURCES, _HASHING, _ADDRESSES, _HOPS = 8, 264, 560, 576, 1536
 HOP_SIZE = 32
+_64_BITS = (1 << 64) - 1
 BUCKETS = 256  # so a path's share is right to 0.4 %
 _RUN = 4 * BUCKETS // HOP_SIZE  # entries that hold a group's buckets
 
@@ -159,15 +162,30 @@ class NextHops(Table):
         self.epoch = Arena(64)
         store64(self.epoch.address, 2)
         self._hits: weakref.WeakSet[Arena] = weakref.WeakSet()
+        self._notes: weakref.WeakKeyDictionary[Arena, int] = weakref.WeakKeyDictionary()  # how many have been read
 
     def view_for(self, cell: int) -> NextHopsView:
         """See `Table.view_for`."""
         hits = Arena(4 * self.capacity)
-        view = NextHopsView(cell, hits.address, self.epoch.address, self.capacity)
-        view.owned = hits  # type: ignore[attr-defined]  # lives as long as the view
+        own = Arena(notes.SIZE)
+        notes.begin(own.address)
+        view = NextHopsView(cell, hits.address, self.epoch.address, self.capacity, own.address)
+        view.owned = hits, own  # type: ignore[attr-defined]  # live as long as the view
         with self.lock:
             self._hits.add(hits)
+            self._notes[own] = 0
         return view
+
+    def wanted(self) -> set[tuple[int, bytes]]:
+        """See `Routes.wanted`."""
+        found = set[tuple[int, bytes]]()
+        with self.lock:
+            for own, since in list(self._notes.items()):
+                noted, self._notes[own] = notes.noted(own.address, since)
+                for hop, high, low in noted:
+                    words = struct.pack("!QQ", high & _64_BITS, low & _64_BITS)
+                    found.add((hop, words if high else words[12:]))
+        return found
 
     def add(self, action: Action) -> int:
         """Store `action` under a free index and return it."""
@@ -339,12 +357,14 @@ def _signed(data: bytes) -> int:
 
 @native
 class NextHopsView:
-    """The next hops as one worker sees them: `cell` holds the base address, `hits` is its own array of hit marks."""
+    """The next hops as one worker sees them: `cell` holds the base address, `hits` is its own array of hit marks,
+    `notes` what it writes down beside."""
 
     cell: word
     hits: word
     epoch_at: word
     capacity: word
+    notes: word
 
 
 @native
@@ -375,6 +395,15 @@ class RoutesView:
         """The control plane's present epoch, below 2**32."""
         return load64(self.next_hops.epoch_at)
 
+    @property
+    def notes(self) -> int:
+        """Address of what `libfp.stages.notes` describes."""
+        return self.next_hops.notes
+
+    def address(self, port: int) -> int:
+        """Where a port's own addresses lie: 4 bytes as in a packet, and 8 on 16 bytes; zeros where it has none."""
+        return load64(self.next_hops.cell) + 8 * (_ADDRESSES + 3 * port)
+
     def checks(self, port: int) -> int:
         """The PORT_ flags of a port."""
         return load64(load64(self.next_hops.cell) + 8 * (_PORT_FLAGS + port))
@@ -388,6 +417,13 @@ class RoutesView:
     def sources(self) -> int:
         """Address of the filter for `is_unusual`."""
         return load64(self.next_hops.cell) + 8 * _SOURCES
+
+
+@kernel
+def out_port(routes: RoutesView, hop: int) -> int:
+    """Index of the port that a next hop sends by; -1 if that next hop does not send."""
+    what = load64(routes.hops + HOP_SIZE * hop) if ult64(hop, routes.capacity) else 0
+    return what >> 8 & 0xFFFF if what & 0xFF == ACTION_FORWARD else -1
 
 
 class Routes:
@@ -423,6 +459,20 @@ class Routes:
         flags = (0, PORT_RPF_STRICT, PORT_RPF_LOOSE)[rp_filter]
         flags |= (PORT_REDIRECTS if redirects else 0) | (PORT_ACCEPT_LOCAL if accept_local else 0)
         self.next_hops.set_word(_PORT_FLAGS + port, flags)
+
+    def set_address(self, port: int, address: bytes = b"", address6: bytes = b"") -> None:
+        """The addresses (4 and 16 bytes, network order, or none) that ICMP errors about packets of `port` come from."""
+        if not 0 <= port < MAX_PORTS or len(address) not in (0, 4) or len(address6) not in (0, 16):
+            raise BadInput(f"addresses {address!r} and {address6!r} of port {port}", "4 and 16 bytes, or none")
+        data = address.ljust(8, b"\0") + address6.ljust(16, b"\0")
+        for k in range(3):
+            self.next_hops.set_word(_ADDRESSES + 3 * port + k, _signed(data[8 * k : 8 * k + 8]))
+
+    def wanted(self) -> set[tuple[int, bytes]]:
+        """(index of the next hop, destination as 4 or 16 bytes) of packets that were dropped for want of a neighbour,
+        because Linux must never get them (`packet.keep`), since the last call: a few of the latest, of each worker.
+        """
+        return self.next_hops.wanted()
 
     def set_local(self, prefixes: Iterable[tuple[int, int]]) -> None:
         """This host's own (address, length) prefixes: packets that claim to come from there are dropped.

@@ -51,7 +51,10 @@ def matches(rule: Rule, header: Header) -> bool:
         value, mask = rule.tcp_flags
         if header.protocol != 6 or header.ports is None or header.flags & mask != value:
             return False
-    return rule.interface is None or rule.interface == header.interface
+    if rule.interface is None:
+        return True
+    value, mask = rule.interface if isinstance(rule.interface, tuple) else (rule.interface, 0x7FFF)
+    return header.interface & mask == value
 
 
 def first(rules: Mapping[int, Rule], header: Header) -> int:

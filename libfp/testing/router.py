@@ -1,4 +1,5 @@
-"""`fp router` between namespaces: the process, the network around it, and what it could have left behind.
+"""`fp router`, or another application, between namespaces: the process, the network around it, and what it could have
+left behind.
 
 with Lab() as lab:
     net = Crossroads(lab)
@@ -20,7 +21,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from libfp.engine.stats import Counters, StatsReader, attach
 from libfp.pyxdp.device import look
@@ -96,8 +97,8 @@ def _prefer(pid: int) -> None:
             group.write("-15")
 
 
-class RouterProcess:
-    """``fp router ARGUMENTS --json`` inside a host; ready when the constructor returns, unless `wait` is false.
+class AppProcess:
+    """``fp APPLICATION ARGUMENTS --json`` inside a host; ready when the constructor returns, unless `wait` is false.
 
     `command` starts `fp`; `environment` is added to this process's.
 
@@ -108,16 +109,18 @@ class RouterProcess:
     def __init__(
         self,
         host: Host,
+        application: str,
         *arguments: str,
         wait: bool = True,
         environment: Mapping[str, str] | None = None,
         command: Sequence[str] = (sys.executable, "-m", "libfp"),
     ) -> None:
+        self._called = f"fp {application}"
         self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 -- closed by `close`
         self._events: dict[str, dict[str, Any]] = {}
         self._reader: StatsReader | None = None
         self.process = host.popen(
-            [*command, "-v", "router", *arguments, "--json"],
+            [*command, "-v", application, *arguments, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -126,7 +129,7 @@ class RouterProcess:
             start_new_session=True,  # Ctrl-C in a terminal is for the test, which then ends this in order
         )
         _prefer(self.process.pid)
-        self._thread = threading.Thread(target=self._listen, name="fp-router-events", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="fp-events", daemon=True)
         self._thread.start()
         if wait:
             try:
@@ -159,9 +162,12 @@ class RouterProcess:
 
     def wait_ready(self, timeout: float = START_LIMIT) -> None:
         """Until it forwards and has all routes. Raises TimeoutError, or ChildProcessError when it ends before."""
-        wait_until(lambda: self.ready or self.process.poll() is not None, timeout, "fp router to be ready")
+        wait_until(lambda: self.ready or self.process.poll() is not None, timeout, f"{self._called} to be ready")
         if not self.ready:
-            raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
+            raise self._ended()
+
+    def _ended(self) -> ChildProcessError:
+        return ChildProcessError(f"{self._called} ended with status {self.process.returncode}: {self.said().strip()}")
 
     def said(self) -> str:
         """Everything on its standard error so far."""
@@ -176,10 +182,10 @@ class RouterProcess:
             if text in self.said():
                 return True
             if over:
-                raise ChildProcessError(f"fp router ended with status {self.process.returncode}: {self.said().strip()}")
+                raise self._ended()
             return False
 
-        wait_until(look, timeout, f"fp router to say {text!r}")
+        wait_until(look, timeout, f"{self._called} to say {text!r}")
 
     def counters(self) -> Counters:
         """Its counters now, read from outside as `fp stats` does."""
@@ -214,15 +220,22 @@ class RouterProcess:
             self._reader = None
         self._errors.close()
 
-    def __enter__(self) -> RouterProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if value is not None and not self._errors.closed:
-            value.add_note(f"fp router said:\n{self.said().strip()}")
+            value.add_note(f"{self._called} said:\n{self.said().strip()}")
         self.close()
+
+
+class RouterProcess(AppProcess):
+    """``fp router ARGUMENTS --json``: see `AppProcess`."""
+
+    def __init__(self, host: Host, *arguments: str, **more: Any) -> None:
+        super().__init__(host, "router", *arguments, **more)
 
 
 def footprint(host: Host) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def rules(bits: int) -> Any:
         sport=st.none() | ports,
         dport=st.none() | ports,
         protocol=st.sampled_from([None, None, 6, "udp", 1, (0, 1), (16, 0xF0)]),
-        interface=st.sampled_from([None, None, 0, 1, 0x7FFF]),
+        interface=st.sampled_from([None, None, 0, 1, 0x7FFF, (1, 1), (0x40, 0x7F40), (0, 0)]),
     )
     flags = st.builds(Rule, value=st.integers(1, 1000), tcp_flags=st.sampled_from([(2, 2), (2, 0x12), (0, 1), (0, 0)]))
     return plain | flags
@@ -91,7 +91,7 @@ def headers_of(some: list[Rule], bits: int, rng: random.Random) -> list[Header]:
                     protocol=rng.choice([1, 6, 17]),
                     ports=rng.choice([None, (both[0], both[1]), (both[0], both[1])]),
                     flags=rng.choice([0, 2, 0x12, 3]),
-                    interface=rng.choice([0, 1, 0x7FFF]),
+                    interface=rng.choice([0, 1, 0x7FFF, 0x40, 0x41, 0x2040]),
                 )
             )
     return out

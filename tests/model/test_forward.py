@@ -14,7 +14,7 @@ from scapy.layers.l2 import Ether
 
 from libfp import Pipeline, stage
 from libfp.jit import store8, store16be, store32be
-from libfp.stages import Forward, Punt, Routes, forward, parse
+from libfp.stages import Forward, Punt, Routes, forward, parse, rewrite, route
 from libfp.testing import ethernet, ipv4, ipv6
 
 pytestmark = pytest.mark.timeout(300)  # compiling takes long on a busy machine
@@ -99,9 +99,17 @@ def router() -> Pipeline:
     return Pipeline(parse, forward(routes))
 
 
+@pytest.fixture(scope="module")
+def halves(router: Pipeline) -> Pipeline:
+    """The same in two stages, over the same tables."""
+    (routes,) = router.stages[1].arguments
+    return Pipeline(parse, route(routes), rewrite(routes))
+
+
 @pytest.mark.parametrize("guard", ["end", "start"])
-def test_router_and_oracle_agree(router: Pipeline, oracle: Oracle, guard: Any) -> None:
-    seen = set()
+@pytest.mark.parametrize("made", ["router", "halves"])
+def test_router_and_oracle_agree(made: str, oracle: Oracle, guard: Any, request: pytest.FixtureRequest) -> None:
+    router, seen = request.getfixturevalue(made), set()
 
     @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(st.lists(st.one_of(packets(), packets6(), st.binary(max_size=100)), min_size=1, max_size=20))

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from libfp.errors import PolicyConflict
-from libfp.linux import guard, netfilter
+from libfp.linux import guard, netfilter, xfrm
 from libfp.linux import rtnetlink as rt
-from libfp.linux.netlink import NLM_F_ACK, NLM_F_CREATE, Netlink
+from libfp.linux.conflict import Conflict, summed
+from libfp.linux.netlink import NETLINK_XFRM, NLM_F_ACK, NLM_F_CREATE, Netlink
 from libfp.linux.tap import Tap
 from libfp.testing.netns import Host, Lab
 
@@ -32,9 +33,14 @@ def router() -> Iterator[Host]:
         yield router
 
 
-def conflicts(router: Host) -> list[str]:
+def found_on(router: Host) -> list[Conflict]:
     ports = {router.index(name): name for name in ("r0", "r1")}
     return router.call(lambda: list(guard.conflicts(ports)))
+
+
+def conflicts(router: Host) -> list[str]:
+    """As the error names them."""
+    return list(summed(found_on(router)))
 
 
 def run(router: Host, *commands: str) -> None:
@@ -89,6 +95,9 @@ def test_nftables(router: Host, ruleset: str, found: str | None) -> None:
     family, name, chain = ruleset.split(" ", 2)
     router.run(["nft", f"table {family} {name} {chain.removesuffix(' }')}; }}"], check=True)
     assert conflicts(router) == ([found] if found else [])
+    for conflict in found_on(router):
+        assert (conflict.kind, conflict.family, conflict.table, conflict.chain) == ("nftables", family, "t", "c")
+        assert f"hook {conflict.hook}" in conflict
 
 
 def test_policy_rules(router: Host) -> None:
@@ -106,36 +115,108 @@ def test_policy_rules(router: Host) -> None:
     assert conflicts(router) == ["policy rule 32767: from all lookup default is missing"]
 
 
-def xfrm(kind: int, body: bytes) -> None:
-    with Netlink(guard.NETLINK_XFRM) as netlink:
-        netlink.ask(kind, body, NLM_F_ACK | NLM_F_CREATE)
+def policy(direction: str, family: int = rt.AF_INET, action: str = "block", priority: int = 0) -> xfrm.Policy:
+    prefixes = ("10.0.0.0/8", "11.0.0.0/8") if family == rt.AF_INET else ("2001:db8:a::/48", "2001:db8:b::/48")
+    return xfrm.Policy(family, *prefixes, direction, action, priority)
 
 
-def policy(direction: int, family: int = rt.AF_INET) -> bytes:
-    """struct xfrm_userpolicy_info: block 10.0.0.0/8 to 11.0.0.0/8."""
-    selector = bytes([11]) + bytes(15) + bytes([10]) + bytes(15) + bytes(8)
-    selector += struct.pack("=HBBBxxxiI", family, 8, 8, 0, 0, 0)
-    lifetimes = struct.pack("=4Q", *(4 * [2**64 - 1])) + bytes(32) + bytes(32)
-    return selector + lifetimes + struct.pack("=IIBBBBxxxx", 0, 0, direction, 1, 0, 0)
+def add(router: Host, one: xfrm.Policy) -> None:
+    try:
+        router.call(xfrm.add, one)
+    except OSError as error:
+        pytest.skip(f"this kernel has no XFRM: {error}")
 
 
 def test_xfrm_policies(router: Host) -> None:
+    add(router, policy("in"))
+    assert conflicts(router) == [], "a policy for packets to this host"
+    add(router, policy("fwd", rt.AF_INET6))
+    assert conflicts(router) == []
+    add(router, policy("fwd", priority=7))
+    assert conflicts(router) == ["1 XFRM policy for IPv4 (ip xfrm policy)"]
+    add(router, policy("out", action="allow"))
+    assert conflicts(router) == ["2 XFRM policies for IPv4 (ip xfrm policy)"]
+    router.sysctl("net.ipv6.conf.all.forwarding", 1)
+    assert conflicts(router) == ["3 XFRM policies for IPv4 and IPv6 (ip xfrm policy)"]
+    found = {(one.family, one.direction, one.action, one.priority) for one in found_on(router)}
+    assert found == {
+        (rt.AF_INET, "fwd", "block", 7),
+        (rt.AF_INET, "out", "allow", 0),
+        (rt.AF_INET6, "fwd", "block", 0),
+    }
+    one = found_on(router)[0]
+    assert (one.kind, one.source, one.destination, one.plain) == ("xfrm", "10.0.0.0/8", "11.0.0.0/8", True)
+
+
+def test_xfrm_policies_are_added_and_removed_one_by_one(router: Host) -> None:
+    ours, other = policy("fwd", priority=7), policy("out", rt.AF_INET6, "allow")
+    add(router, ours)
+    add(router, other)
+    with pytest.raises(FileExistsError):
+        router.call(xfrm.add, ours._replace(action="allow"))
+    found = router.call(xfrm.policies)
+    assert {one._replace(number=0) for one in found} == {ours, other}
+    assert all(one.number for one in found)
+    mine = next(one for one in found if one.priority == 7)
+    assert router.call(xfrm.remove, mine)
+    assert not router.call(xfrm.remove, mine)
+    assert [one._replace(number=0) for one in router.call(xfrm.policies)] == [other]
+    with pytest.raises(AttributeError, match="kind setting has no direction"):
+        Conflict("sysctl", "setting").direction  # noqa: B018
+
+
+def test_xfrm_policy_of_more_than_prefixes_is_not_plain(router: Host) -> None:
+    """A template (ESP in tunnel mode) and a protocol."""
+    body = bytearray(xfrm._selector(policy("out")) + xfrm._FOREVER + xfrm._INFO.pack(0, 0, 1, 0, 0, 0))
+    body[45] = 6  # the protocol
+    template = (
+        bytes(16)
+        + struct.pack("=IB3xH2x", 0, 50, rt.AF_INET)
+        + bytes(16)
+        + struct.pack("=IBBBxIII", 1, 1, 0, 0, 0, 0, 0)
+    )
+    body += struct.pack("=HH", 4 + len(template), xfrm.TEMPLATES) + template
+
+    def install() -> None:
+        with Netlink(NETLINK_XFRM) as netlink:
+            netlink.ask(xfrm.NEWPOLICY, bytes(body), NLM_F_ACK | NLM_F_CREATE)
+
     try:
-        router.call(xfrm, 0x13, policy(0))
+        router.call(install)
     except OSError as error:
         pytest.skip(f"this kernel has no XFRM: {error}")
-    assert conflicts(router) == [], "a policy for packets to this host"
-    router.call(xfrm, 0x13, policy(2, rt.AF_INET6))
-    assert conflicts(router) == []
-    router.call(xfrm, 0x13, policy(2))
-    assert conflicts(router) == ["1 XFRM policy for IPv4 (ip xfrm policy)"]
-    router.call(xfrm, 0x13, policy(1))
-    assert conflicts(router) == ["2 XFRM policies for IPv4 (ip xfrm policy)"]
+    (one,) = router.call(xfrm.policies)
+    assert (one.templates, one.plain) == (1, False)
+
+
+def test_what_the_application_applies_is_no_conflict(router: Host) -> None:
+    add(router, policy("fwd", priority=7))
+    router.netlink("rule", "add", src="10.0.0.0/8", table=7, priority=100)
+    asked = []
+
+    def applies(conflict: Conflict) -> bool:
+        asked.append(conflict.kind)
+        return conflict.kind == "xfrm" and conflict.priority == 7
+
+    ports = {router.index("r0"): "r0"}
+    with pytest.raises(PolicyConflict, match=r"libfp: policy rule 100: from 10\.0\.0\.0/8 lookup 7; remove it"):
+        router.call(guard.require, ports, applies)
+    assert sorted(asked) == ["rule", "xfrm"]
+    router.netlink("rule", "del", src="10.0.0.0/8", table=7, priority=100)
+    router.call(guard.require, ports, applies)
+    add(router, policy("out"))
+    with pytest.raises(PolicyConflict, match="1 XFRM policy for IPv4"):
+        router.call(guard.require, ports, applies)
+
+
+def block_by_default() -> None:
+    with Netlink(NETLINK_XFRM) as netlink:
+        netlink.ask(0x27, bytes([0, 1, 0, 0]))  # XFRM_MSG_SETDEFAULT, forward: block
 
 
 def test_xfrm_default(router: Host) -> None:
     try:
-        router.call(xfrm, 0x27, bytes([0, 1, 0, 0]))  # forward: block
+        router.call(block_by_default)
     except OSError as error:
         pytest.skip(f"this kernel has no XFRM default policy: {error}")
     assert conflicts(router) == ["XFRM policies block by default (ip xfrm policy getdefault)"]
@@ -226,10 +307,7 @@ def test_watch_hears_of_changes(router: Host) -> None:
     watch: guard.Watch = router.call(guard.Watch)
     try:
         assert not any(sock.ready() for sock in watch.sockets)
-        try:
-            router.call(xfrm, 0x13, policy(2))
-        except OSError as error:
-            pytest.skip(f"this kernel has no XFRM: {error}")
+        add(router, policy("fwd"))
         assert any(sock.ready(2) for sock in watch.sockets)
         watch.drain()
         assert not any(sock.ready() for sock in watch.sockets)

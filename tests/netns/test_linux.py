@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ from libfp.errors import (
     PolicyConflict,
     UnsuitableInterface,
 )
-from libfp.linux import PortPolicy
+from libfp.linux import PortPolicy, xfrm
 from libfp.linux import rtnetlink as rt
+from libfp.linux.conflict import Conflict
 from libfp.linux.decide import Via
 from libfp.linux.neighbours import HitMarks
 from libfp.stages import Forward, Punt, forward, parse
@@ -161,6 +164,65 @@ def test_policy_that_appears_has_the_last_word(net: Net, caplog: pytest.LogCaptu
         assert app.counters.forwarded > before
 
 
+def test_policy_that_the_application_applies_is_none(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, and when it appears later; another has the last word as ever, until it is gone."""
+    ours, other = (
+        xfrm.Policy(rt.AF_INET, "10.0.1.0/24", prefix, "fwd", "block", 77) for prefix in ("10.77.0.0/16", "10.0.2.0/24")
+    )
+
+    def applies(conflict: Conflict) -> bool:
+        return conflict.kind == "xfrm" and conflict.destination == ours.destination
+
+    try:
+        net.router.call(xfrm.add, ours)
+    except OSError as error:
+        pytest.skip(f"this kernel has no XFRM: {error}")
+    with pytest.raises(PolicyConflict, match="1 XFRM policy for IPv4"), net.linux():
+        pass
+    told: list[str] = []
+    with net.running(applies=applies, policy_changed=lambda: told.append(threading.current_thread().name)) as (
+        linux,
+        _,
+    ):
+        assert net.client.ping("10.0.2.2", count=2, interval=0.01).received == 2
+        assert not told
+        net.router.call(xfrm.add, ours._replace(direction="out"))
+        linux.wait_synced()
+        assert told == ["libfp-mirror"]
+        assert not any(port.paused for port in linux.ports)
+        net.router.call(xfrm.add, other)
+        linux.wait_synced()
+        assert len(told) == 2
+        assert all(port.paused for port in linux.ports)
+        assert net.client.ping("10.0.2.2", count=1, timeout=0.3).received == 0
+        assert "Linux forwards alone: Linux would decide otherwise than libfp: 1 XFRM policy" in caplog.text
+        (found,) = (one for one in net.router.call(xfrm.policies) if one.destination == other.destination)
+        net.router.call(xfrm.remove, found)
+        linux.wait_synced()
+        assert not any(port.paused for port in linux.ports)
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_what_policy_changed_raises_leaves_all_to_linux(net: Net, bypass: bool) -> None:
+    wrong = [BadInput("the rules cannot be read", "mend them")]
+
+    def changed() -> None:
+        if wrong:
+            raise wrong.pop()
+
+    one = xfrm.Policy(rt.AF_INET, "10.76.0.0/16", "10.77.0.0/16", "fwd", "block", 77)
+    with net.linux(policy_changed=changed, applies=lambda conflict: True, bypass=bypass) as linux:
+        try:
+            net.router.call(xfrm.add, one)
+        except OSError as error:
+            pytest.skip(f"this kernel has no XFRM: {error}")
+        linux.wait_synced()
+        assert linux.mirror.suspended
+        net.router.call(xfrm.add, one._replace(direction="out"))
+        linux.wait_synced()
+        assert not linux.mirror.suspended
+
+
 def test_bypass(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     net.router.netlink("rule", "add", src="10.77.0.0/16", table=7, priority=100)
     with pytest.raises(PolicyConflict, match=r"policy rule 100: from 10\.77\.0\.0/16 lookup 7"), net.linux():
@@ -180,6 +242,55 @@ def test_settings_of_ports(net: Net) -> None:
         net.router.sysctl("net.ipv4.conf.all.rp_filter", 2)
         linux.wait_synced()
         assert [one.rp_filter for one in linux.policies] == [2, 2]
+
+
+def test_ports_own_addresses() -> None:
+    """What ICMP errors come from: the primary address of the port, without one another's."""
+    with Lab(ipv6=True) as lab, (net := Net(lab)).linux() as linux:
+        told = []
+        linux.routes.set_address = lambda *fields: told.append(fields)
+
+        def now() -> dict[int, tuple[str, str]]:
+            linux.wait_synced()
+            found = {number: (str(ip_address(four)), str(ip_address(six)) if six else "") for number, four, six in told}
+            told.clear()
+            return found
+
+        net.router.address("r1", "10.0.2.3/24")  # in the same subnet: secondary
+        assert now() == {}
+        net.router.address("r1", "10.0.1.3/24")  # another primary one
+        assert now() == {}
+        net.router.address("r1", "2001:db8:2::1/64")
+        assert now() == {0: ("10.0.1.1", "2001:db8:2::1"), 1: ("10.0.2.1", "2001:db8:2::1")}, "r0 has none of IPv6"
+        net.router.address("r1", "10.0.2.1/24", command="del")
+        assert now() == {1: ("10.0.1.3", "2001:db8:2::1")}, "its secondary one has gone with it"
+        net.router.address("r1", "10.0.1.3/24", command="del")
+        assert now() == {1: ("10.0.1.1", "2001:db8:2::1")}, "r0's"
+
+
+def test_kept_packets_have_their_neighbours_resolved(net: Net) -> None:
+    """Of packets that Linux never sees, it is told which neighbours they need."""
+    with net.linux(take=["proto esp and dst 10.0.1.1"]) as linux:
+        wanted = {(0, ip_address("10.0.2.2").packed)}  # by a next hop that names no neighbour
+        linux.routes.wanted = lambda: wanted
+        linux.wait_synced()
+
+        def found() -> bool:
+            linux.wait_synced()
+            return linux.mirror.state.usable(net.router.index("r1"), ip_address("10.0.2.2").packed) is not None
+
+        wait_until(found, what="the server's address")
+
+
+def test_take(net: Net) -> None:
+    """ESP to this host comes to the ports, also beside `only`; without it, Linux answers."""
+    esp = net.client.socket(socket.AF_INET, socket.SOCK_RAW, 50)
+    with esp, net.running(take=["proto esp and dst 10.0.1.1"], only=["10.99.0.0/16"]) as (_, app):
+        for address in ("10.0.1.1", "10.0.2.1"):
+            esp.sendto(b"spi!" + b"\0\0\0\1", (address, 0))
+        assert net.client.ping("10.0.1.1").received == 3
+        assert net.client.ping("10.0.2.2").received == 3
+        wait_until(lambda: app.counters.received == 1, what="the one to 10.0.1.1")
 
 
 def test_own_addresses_stay_with_linux(net: Net) -> None:

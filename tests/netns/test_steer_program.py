@@ -33,6 +33,12 @@ FILTERS = [
     ["dst 239.1.1.1", "dst ff02::/16", "src fe80::/10 and udp sport 1-65535 dport 546"],
 ]
 
+TAKES = [
+    ["proto esp and dst 10.0.1.1"],
+    ["proto esp and dst 10.0.1.1", "proto esp and dst 2001:db8:1::1", "udp dport 67"],
+    ["ip6", "proto icmp6"],
+]
+
 
 class Loaded:
     """A steering program with its maps, and an AF_XDP socket (bound to nothing) at queue 0."""
@@ -169,7 +175,7 @@ def transports(draw) -> tuple[int, bytes]:
     if kind == "icmp6":
         return 58, bytes([draw(st.sampled_from([1, 128, 132, 133, 134, 135, 136, 137, 138]))]) + rest
     if kind == "other":
-        return draw(st.sampled_from([0, 1, 43, 44, 59, 60, 253])), rest
+        return draw(st.sampled_from([0, 1, 43, 44, 50, 59, 60, 253])), rest
     if kind == "udp" and draw(often(False, True)):
         return 17, rest[:4]
     return 17 if kind == "udp" else 6, struct.pack("!HH", draw(ports), draw(ports)) + rest
@@ -200,6 +206,7 @@ def frames(draw) -> bytes:
     return frame[:cut].ljust(pad, b"\0") if cut is None or len(frame[:cut]) >= 14 else frame
 
 
+ESP_TO_US = bytes.fromhex("0800 45000028000000004032 0000 cb007105 0a000101") + bytes(20)
 families_taken = often(("ipv4", "ipv6"), (), ("ipv4",), ("ipv6",))
 many = settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -210,6 +217,16 @@ many = settings(max_examples=2000, suppress_health_check=[HealthCheck.function_s
 def test_the_router_follows_its_rules(load, frame, families, only, generic):
     steer = load(program.router(generic=generic, only=only))
     expected = REDIRECT if routed(frame, families, only) else PASS
+    assert steer(frame, families, MARKER) == expected, frame.hex()
+
+
+@many
+@given(frame=frames(), families=families_taken, only=st.booleans(), take=st.sampled_from(TAKES), generic=st.booleans())
+@example(MAC + bytes(6) + ESP_TO_US, ("ipv4",), True, TAKES[0], False)
+@example(MAC + bytes(6) + ESP_TO_US, ("ipv6",), False, TAKES[0], False)
+def test_the_router_takes_more(load, frame, families, only, take, generic):
+    steer = load(program.router(generic=generic, only=only, take=[parse_filter(text) for text in take]))
+    expected = REDIRECT if routed(frame, families, only) or let_in(frame, families, take) else PASS
     assert steer(frame, families, MARKER) == expected, frame.hex()
 
 
@@ -253,8 +270,8 @@ PARTS = [
 
 @pytest.mark.parametrize("generic", [False, True])
 def test_the_verifier_accepts_every_combination(load, generic):
-    for only in (False, True):
-        load(program.router(generic=generic, only=only))
+    for only, take in itertools.product((False, True), ([], *TAKES, *((one,) for one in PARTS), PARTS)):
+        load(program.router(generic=generic, only=only, take=[parse_filter(text) for text in take]))
     for filters in [*((one,) for one in PARTS), *itertools.combinations(PARTS, 2), tuple(PARTS)]:
         load(program.pinhole([parse_filter(text) for text in filters], generic=generic))
 

@@ -70,6 +70,8 @@ def test_the_first_rule_by_priority_is_the_answer():
         (Rule(1, tcp_flags=(2, 2)), Header(protocol=6, flags=2), Header(protocol=17, flags=2)),
         (Rule(1, tcp_flags=(0, 2)), Header(protocol=6), Header(protocol=6, ports=None)),
         (Rule(1, interface=3), Header(interface=3), Header(interface=2)),
+        (Rule(1, interface=(5, 0x7)), Header(interface=0x7FFD), Header(interface=0x7FFC)),
+        (Rule(1, interface=(0, 0x7FFF)), Header(interface=0), Header(interface=0x4000)),
         (Rule(1, interface=0), Header(interface=0, ports=None), Header(interface=0x7FFF)),
         (Rule(1, source="255.255.255.255/32"), Header(source=0xFFFFFFFF), Header(source=0xFFFFFFFE)),
         (Rule(1, destination="0.0.0.0/1"), Header(destination=0x7FFFFFFF), Header(destination=0x80000000)),
@@ -142,6 +144,8 @@ BAD = [
     (1, Rule(1, tcp_flags=(4, 2)), "beyond the mask"),
     (1, Rule(1, tcp_flags=2), "value, mask"),
     (1, Rule(1, interface=1 << 15), "interface"),
+    (1, Rule(1, interface=(0, 1 << 15)), "interface"),
+    (1, Rule(1, interface=(2, 1)), "interface"),
     (1, "drop", "not a rule"),
 ]
 

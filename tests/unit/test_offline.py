@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from scapy.all import IP, UDP, Ether, IPv6, PcapNgWriter, RawPcapNgReader, rdpcap, wrpcap
 
-from libfp.apps.router import offline
-from libfp.apps.router.routes_file import RoutesFile
-from libfp.cli import main
+from libfp.cli import main, offline
+from libfp.cli.routes_file import RoutesFile
 from libfp.errors import BadInput
+from libfp.stages import forward, parse
 
 pytestmark = pytest.mark.timeout(300)  # it may compile
 
@@ -188,5 +188,6 @@ def test_an_empty_capture_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixt
     data = (tmp_path / "in.pcap").read_bytes()[:24]
     (tmp_path / "in.pcap").write_bytes(data)
     (tmp_path / "routes").write_text("")
-    offline.run(str(tmp_path / "in.pcap"), str(tmp_path / "routes"), str(tmp_path / "out.pcap"), True)
+    paths = (str(tmp_path / name) for name in ("in.pcap", "routes", "out.pcap"))
+    offline.run(*paths, True, lambda routes, names: (parse, forward(routes)))
     assert json.loads(capsys.readouterr().out)["packets"] == 0

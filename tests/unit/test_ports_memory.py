@@ -6,7 +6,7 @@ import pytest
 
 from libfp.jit import load32, load64, store32
 from libfp.ports.frames import FrameMemory
-from libfp.ports.memory import MemoryPort, Wire
+from libfp.ports.memory import HEADROOM, MemoryPort, Wire
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def test_receives_into_the_frames_it_was_given(frames: FrameMemory, first: int) 
     wire = Wire(frames, 4, first)
     assert wire.inject([b"none"]) == []
     give(wire, [2048, 0, 4096])
-    assert wire.inject([b"one", b"two"]) == [2048, 0]
-    assert frames.arena.buffer[2048:2051] == b"one"
-    assert frames.arena.buffer[:3] == b"two"
-    assert [load64(wire.rx.descs + 16 * ((first + k) % 4)) for k in (0, 1)] == [2048, 0]
+    assert wire.inject([b"one", b"two"]) == [2048 + HEADROOM, HEADROOM]
+    assert frames.arena.buffer[2048 + HEADROOM :][:3] == b"one"
+    assert frames.arena.buffer[HEADROOM:][:3] == b"two"
+    assert [load64(wire.rx.descs + 16 * ((first + k) % 4)) for k in (0, 1)] == [2048 + HEADROOM, HEADROOM]
     assert load32(wire.rx.producer) == (first + 2) % (1 << 32)
-    assert wire.inject([b"three", b"four"]) == [4096], "as far as there are frames"
+    assert wire.inject([bytes(2048), b"four"]) == [4096], "as far as there are frames; no headroom where it is needed"
 
 
 def test_a_full_receive_ring_takes_no_more(frames: FrameMemory) -> None:
@@ -46,7 +46,7 @@ def test_a_full_receive_ring_takes_no_more(frames: FrameMemory) -> None:
     assert load32(wire.rx.producer) == 4
     assert load32(wire.fill.consumer) == 4
     store32(wire.rx.consumer, 1)
-    assert wire.inject([b"y"] * 4) == [0]
+    assert wire.inject([b"y"] * 4) == [HEADROOM]
 
 
 @pytest.mark.parametrize("guard", ["end", "start"])
@@ -88,5 +88,5 @@ def test_queues_are_apart(frames: FrameMemory) -> None:
     MemoryPort.open_all([port], 1, other)
     give(port.wires[1], [0])
     assert port.inject([b"x"], 0) == []
-    assert port.inject([b"x"], 1) == [0]
+    assert port.inject([b"x"], 1) == [HEADROOM]
     assert port.collect(0) == port.collect(1) == []

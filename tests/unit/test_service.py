@@ -17,10 +17,9 @@ import click
 import pytest
 
 import libfp.apps.router
-from libfp.apps.router import config
 from libfp.apps.router.cli import router
-from libfp.apps.router.service import Service, notify, watchdog
-from libfp.cli import journal, main
+from libfp.cli import config, journal, main
+from libfp.cli.service import Service, notify, watchdog
 from libfp.errors import BadInput
 
 UNIT = Path(libfp.apps.router.__file__).parent / "libfp-router.service"
@@ -191,7 +190,7 @@ def test_the_watchdog_hears_nothing_of_a_worker_that_stands_still(
 def test_the_manager_hears_of_progress_before_and_after_packets_are_forwarded(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("libfp.apps.router.service.PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr("libfp.cli.service.PROGRESS_EVERY", 0.0)
     service, said, looks = Service(lambda: False), list[str](), iter((False, False, True))
     service.progress("routes", 70, 0)
     assert manager.recv(1000) == b"STATUS=reading Linux's routes: 70\nEXTEND_TIMEOUT_USEC=60000000"

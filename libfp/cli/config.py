@@ -1,4 +1,4 @@
-"""The configuration file of `fp router`: TOML, a key for each command-line option, of the same name.
+"""The configuration file of an application: TOML, a key for each command-line option, of the same name.
 
     interfaces = ["eth0", "eth1"]
     cores = "2,3"
@@ -27,6 +27,12 @@ def read(path: str, command: click.Command, context: click.Context) -> dict[str,
 
     Raises BadInput that names the file and the line.
     """
+    text, table = parse(path)
+    return _File(path, text, command, context).values(table)
+
+
+def parse(path: str) -> tuple[str, dict[str, Any]]:
+    """The text of the TOML file at `path`, and what it says. Raises BadInput that names the file and the line."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode()
@@ -35,13 +41,12 @@ def read(path: str, command: click.Command, context: click.Context) -> dict[str,
     except UnicodeDecodeError:
         raise BadInput(f"{path} is no text", "name a configuration file: TOML, in UTF-8") from None
     try:
-        table = tomllib.loads(text)
+        return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = _WHERE.search(str(error))
         line = found[1] if found is not None and found[1] else text.count("\n") + (not text.endswith("\n"))
         what = f"{path}, line {line}: {_WHERE.sub('', str(error))}"
         raise BadInput(what, "it is TOML: name = value, one a line") from None
-    return _File(path, text, command, context).values(table)
 
 
 def keys(command: click.Command) -> dict[str, click.Parameter]:
@@ -56,7 +61,7 @@ def keys(command: click.Command) -> dict[str, click.Parameter]:
 
 class _File:
     def __init__(self, path: str, text: str, command: click.Command, context: click.Context) -> None:
-        self.path, self.context = path, context
+        self.path, self.context, self.name = path, context, command.name
         self.keys = keys(command)
         self._lines = text.splitlines()
 
@@ -104,7 +109,7 @@ class _File:
             if parameter.callback is not None and not getattr(parameter, "multiple", False):
                 value = parameter.callback(self.context, parameter, value)
         except click.BadParameter as error:
-            self.wrong(key, f"{key}: {error.message.rstrip('.')}", "fp router --help says what there is")
+            self.wrong(key, f"{key}: {error.message.rstrip('.')}", f"fp {self.name} --help says what there is")
         except Error as error:
             self.wrong(key, error.what, error.remedy)
         return value

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-log = logging.getLogger("libfp.router")
+log = logging.getLogger("libfp.service")
 
 LOOK = 0.5  # seconds between looks at what has been asked for
 SYNC_LOOK = 0.02  # at whether all routes are in the tables by now

@@ -1,4 +1,6 @@
-"""`fp router --pcap`: the router's own pipeline over a capture, with routes from a file. No root, no interface."""
+"""`fp router --pcap`, `fp firewall --pcap`: an application's own pipeline over a capture, with routes from a file. No
+root, no interface.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,33 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from libfp.apps.router.routes_file import MOST_PORTS, RoutesFile
+from libfp.cli.routes_file import MOST_PORTS, RoutesFile
 from libfp.engine.slots import PORT_MASK
 from libfp.errors import BadInput
 from libfp.ports.pcap import Capture, Frame, PcapWriter
 from libfp.ports.pcapng import PcapngWriter
 
+if TYPE_CHECKING:
+    from libfp.stages import Routes
+
 BURST = 64
 
+#: Makes the stages, of the routes and the names of the ports.
+Stages = Callable[["Routes", Sequence[str]], Sequence[Any]]
 
-def run(pcap: str, routes: str, out: str | None, as_json: bool) -> None:
+
+def run(pcap: str, routes: str, out: str | None, as_json: bool, stages: Stages) -> None:
     """Forward what the capture holds, write what leaves, print a summary. Raises BadInput; `out` is then as before."""
     table = RoutesFile(routes)
     with Capture(pcap) as capture:
         began = time.monotonic()
         with _output(out, pcap) as file:
-            told = _forward(capture, table, file, out or "")
+            told = _forward(capture, table, file, out or "", stages)
         told["seconds"] = round(time.monotonic() - began, 3)
     if as_json:
         click.echo(json.dumps(told))
@@ -38,10 +46,9 @@ def run(pcap: str, routes: str, out: str | None, as_json: bool) -> None:
             click.echo(f"{count:>14,}  {reason}")
 
 
-def _forward(capture: Capture, table: RoutesFile, file: IO[bytes] | None, out: str) -> dict[str, Any]:
+def _forward(capture: Capture, table: RoutesFile, file: IO[bytes] | None, out: str, make: Stages) -> dict[str, Any]:
     from libfp import Pipeline
     from libfp.engine.replay import Replay
-    from libfp.stages import forward, parse
 
     packets = sum(1 for _ in capture)  # all of it is read before anything is made of it: its interfaces are known then
     incoming = [name or f"in{number}" for number, name in enumerate(capture.interfaces)] or ["in0"]
@@ -49,7 +56,7 @@ def _forward(capture: Capture, table: RoutesFile, file: IO[bytes] | None, out: s
     if len(names) > MOST_PORTS:
         raise BadInput(f"{capture.path} and {table.path} name {len(names)} ports", f"{MOST_PORTS} are the most")
     numbers = [names.index(name) for name in incoming]
-    stages = parse, forward(table.tables(names))
+    stages = make(table.tables(names), names)
     reasons = {reason for _, reason in Pipeline(*stages).reasons.names}
     with contextlib.ExitStack() as undo:
         replay = Replay(Pipeline(*stages, rates=dict.fromkeys(reasons, 0)), names)

@@ -1,4 +1,4 @@
-"""Routes in a text file, in the words of `ip route`, for the router without Linux: see README.md beside this file.
+"""Routes in a text file, in the words of `ip route`, for applications without Linux: see apps/router/README.md.
 
 Nothing of numba is loaded before the whole file has been read.
 """

@@ -1,0 +1,1 @@
+"""The firewall: forwarding with the kernel's own nftables rules in between. See README.md beside this file."""
