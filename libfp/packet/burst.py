@@ -346,6 +346,7 @@ class Burst:
         return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV4
 
     def is_ipv6(self, i: int) -> bool:
+        """See `Packet.is_ipv6`."""
         return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV6
 
     def is_live(self, i: int) -> bool:
