@@ -11,6 +11,7 @@ what a reader does elsewhere (``invisible-code-block``, with `meanwhile`), progr
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -37,9 +38,13 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"  # its Python is run by tests/netns/test_readme.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("apps/*/README.md"))]
 RUN = "tutorial.md"
+NAME = "tutorial", f"tutorial-{os.getpid()}"  # of its instance: others run on this machine
 
+#: How the tutorial begins; here it is installed.
+INSTALLING = ("python3 -m venv ", ". ", "pip ")
 #: Programs that are no part of libfp, in commands that are shown and not run.
 OTHERS = {"apt-get", "ethtool", "export", "ip", "modprobe", "nft", "ping", "python", "sysctl", "systemctl"}
+OTHERS |= {".", "python3"}
 #: What cannot be run here: the page, and the reason that stands in it. As few as possible.
 LEFT_OUT: set[tuple[str, str]] = set()
 
@@ -59,13 +64,14 @@ class Run:
         self.namespace |= {"meanwhile": self.meanwhile, "wait_until": wait_until}
         self.namespace |= dict(zip(("client", "router", "server"), lab, strict=False))
         self.left_out: list[str] = []
+        self.said = ""  # by the last block of Python
         self.running: list[subprocess.Popen[str]] = []
         self._elsewhere: list[Callable[[], None]] = []
         parsers = [CodeBlockParser(language, evaluator) for language, evaluator in self.evaluators().items()]
         self.document = Sybil([*parsers, SkipParser()]).parse(page)
 
     def evaluators(self) -> dict[str, Callable[[Example], None]]:
-        return {"python": self.python, "console": self.console, "sh": self.shell, "toml": self.toml}
+        return {"python": self.python, "text": self.text, "console": self.console, "sh": self.shell, "toml": self.toml}
 
     def __call__(self) -> None:
         try:
@@ -74,6 +80,7 @@ class Run:
                     example.evaluate()
                 except SkipTest as reason:
                     self.left_out.append(str(reason))
+            self.interrupt()
         finally:
             for process in self.running:
                 process.kill()
@@ -88,7 +95,7 @@ class Run:
     def python(self, example: Example) -> None:
         code = str(example.parsed)
         if named := re.match(r"# (\w+\.py)\n", code):
-            (self.folder / named[1]).write_text(code)
+            (self.folder / named[1]).write_text(code.replace(*NAME))
             return
         if self.page == README:
             return
@@ -105,7 +112,9 @@ class Run:
         for thread in threads:
             thread.start()
         source = "\n" * (example.line + example.parsed.line_offset) + code
-        exec(compile(source, self.page, "exec"), self.namespace)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(compile(source, self.page, "exec"), self.namespace)
+        self.said = said.getvalue()
         for thread in threads:
             thread.join(30)
             assert not thread.is_alive()
@@ -113,6 +122,12 @@ class Run:
             self._elsewhere = []
         if failed:
             raise failed[0]
+
+    def text(self, example: Example) -> None:
+        """What the block before has printed, if it has: other text is a drawing."""
+        if self.said:
+            assert " ".join(self.said.split()) == " ".join(str(example.parsed).split())
+            self.said = ""
 
     # -- commands
 
@@ -122,19 +137,19 @@ class Run:
                 self.check(line)
 
     def console(self, example: Example) -> None:
-        parts = re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)
+        parts = re.split(r"^[$#] ", str(example.parsed), flags=re.MULTILINE)
         assert parts[0] == "", "a block of commands begins with one"
         background = example.document.text[: example.start].rstrip().endswith("<!-- background -->")
         for part in parts[1:]:
             command, _, shown = part.partition("\n")
             self.check(command)
-            if self.really and not command.startswith(("pip ", "make ")):
-                self.run(command, shown, background)
+            if self.really and not command.startswith(INSTALLING):
+                self.run(command.replace(*NAME), shown.replace(*NAME), background)
 
     def check(self, line: str) -> None:
         """Whether a command is one, as far as can be said without running it."""
         words = shlex.split(line, comments=True)
-        while words[0] == "sudo" or "=" in words[0]:
+        while words[0] == "sudo" or re.match(r"\w+=", words[0]):
             del words[0]
         program, *arguments = words
         if program == "fp":
@@ -145,17 +160,23 @@ class Run:
         elif program == "pip":
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert arguments in (["install", project["name"]], ["install", project["name"], "pytest"]), line
+        elif program in (".venv/bin/python", ".venv/bin/fp"):
+            assert self.really, line
         elif program == ".ci/run":
             assert (ROOT / program).exists()
         else:
             assert program in OTHERS, line
 
     def run(self, line: str, shown: str, background: bool) -> None:
-        words = [word for word in shlex.split(line, comments=True) if word != "sudo"]
-        words[:1] = {"python": [sys.executable], "fp": [sys.executable, "-m", "libfp"]}.get(words[0], words[:1])
+        words, variables = shlex.split(line, comments=True), {}
+        while "=" in words[0]:
+            name, _, variables[name] = words.pop(0).partition("=")
+        if "pytest" in words and not os.environ.get("LIBFP_FULL"):
+            variables["NUMBA_DISABLE_JIT"] = "1"  # what else it would compile for ten seconds, wire.py compiles
+        words[:1] = {"python": [sys.executable], "fp": [sys.executable, "-m", "libfp"]}[Path(words[0]).name]
         process = subprocess.Popen(
             words, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)} | variables,
         )  # fmt: skip
         if background:
             self.running.append(process)
@@ -223,7 +244,7 @@ def network() -> Iterator[list[Any]]:
 
 
 def needs_root(page: Path) -> bool:
-    return page != README and re.search(r"^```python.*?\"eth0\"|^\$ sudo", page.read_text(), re.M | re.S) is not None
+    return page != README and re.search(r"^```python.*?\"eth0\"|^# \.venv", page.read_text(), re.M | re.S) is not None
 
 
 def cases() -> Iterator[Any]:
