@@ -58,3 +58,15 @@ def test_every_module_is_documented_or_internal() -> None:
     found = [one.name for one in pkgutil.walk_packages(libfp.__path__, "libfp.")]
     named = re.compile("|".join(re.escape(one).replace(r"\*", r"[\w.]+") for one in INTERNAL))
     assert [name for name in found if name not in DOCUMENTED and not named.fullmatch(name)] == []
+
+
+def test_the_figures_are_those_of_the_benches() -> None:
+    """A ratio on a page is that of docs/bench.md, or was, before a run on the same machine that came out much alike."""
+    sections = re.split(r"^## (\w+)$", (ROOT / "docs" / "bench.md").read_text(), flags=re.M)
+    benches = dict(zip(sections[1::2], sections[2::2], strict=True))
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| ([\d.]+) \|$", (ROOT / "docs" / "dpdk.md").read_text(), re.M)
+    assert len(rows) >= 10
+    for bench, case, ratio in rows:
+        measured = re.search(rf"^\| {re.escape(case)} \|(?:[^|]*\|){{4}} ([\d.]+) \|", benches[bench], re.M)
+        assert measured, case
+        assert float(measured[1]) == pytest.approx(float(ratio), rel=0.1), case

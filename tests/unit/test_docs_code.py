@@ -37,6 +37,7 @@ from libfp.testing.netns import Lab, wait_until
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"  # its Python is run by tests/netns/test_readme.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("apps/*/README.md"))]
+FULL = bool(os.environ.get("LIBFP_FULL"))
 RUN = "tutorial.md"
 NAME = "tutorial", f"tutorial-{os.getpid()}"  # of its instance: others run on this machine
 
@@ -61,7 +62,7 @@ class Run:
         # a module, since code of a function's is found again by the name of its module
         self.module = ModuleType(f"page_{page.stem}")
         self.namespace = vars(self.module)
-        self.namespace |= {"meanwhile": self.meanwhile, "wait_until": wait_until}
+        self.namespace |= {"meanwhile": self.meanwhile, "wait_until": wait_until, "FULL": FULL}
         self.namespace |= dict(zip(("client", "router", "server"), lab, strict=False))
         self.left_out: list[str] = []
         self.said = ""  # by the last block of Python
@@ -171,7 +172,7 @@ class Run:
         words, variables = shlex.split(line, comments=True), {}
         while "=" in words[0]:
             name, _, variables[name] = words.pop(0).partition("=")
-        if "pytest" in words and not os.environ.get("LIBFP_FULL"):
+        if "pytest" in words and not FULL:
             variables["NUMBA_DISABLE_JIT"] = "1"  # what else it would compile for ten seconds, wire.py compiles
         words[:1] = {"python": [sys.executable], "fp": [sys.executable, "-m", "libfp"]}[Path(words[0]).name]
         process = subprocess.Popen(
