@@ -110,12 +110,13 @@ class Run:
                 failed.append(error)
 
         threads = [threading.Thread(target=beside, args=(one,), daemon=True) for one in elsewhere]
+        printed = self.namespace["printed"] = io.StringIO()
         for thread in threads:
             thread.start()
         source = "\n" * (example.line + example.parsed.line_offset) + code
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(printed):
             exec(compile(source, self.page, "exec"), self.namespace)
-        self.said = said.getvalue()
+        self.said = printed.getvalue()
         for thread in threads:
             thread.join(30)
             assert not thread.is_alive()
