@@ -28,11 +28,12 @@ os.environ["NUMBA_DISABLE_JIT"] = "1"
 import libfp
 from libfp.engine import Stage
 
+HERE = Path(__file__).parent
+
 project, author, copyright = "libfp", "The libfp authors", "The libfp authors, Apache-2.0"  # noqa: A001
 release = version = libfp.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["bench/*.json"]
-suppress_warnings = ["toc.empty_glob"]  # an application whose page is not written yet
 
 html_theme, html_title = "furo", f"libfp {release}"
 html_theme_options = {"source_repository": "", "navigation_with_keys": True}
@@ -80,7 +81,7 @@ _PUBLIC = re.compile(r"^```\{public\} ([\w.]+)\n```$", re.MULTILINE)
 @functools.cache
 def modules() -> tuple[str, ...]:
     """The documented modules, as the pages name them; `libfp` itself first."""
-    pages = sorted(Path(__file__).parent.glob("api/*.md"))
+    pages = sorted(HERE.glob("api/*.md"))
     return tuple(sorted({name for page in pages for name in _PUBLIC.findall(page.read_text())}))
 
 
@@ -98,6 +99,9 @@ def homes() -> dict[int, str]:
 def _expand(app: Any, page: str, source: list[str]) -> None:
     """Put directives of autodoc in the place of a page's `{public}` blocks; links to files that are pages here."""
     source[0] = source[0].replace("(../bench/README.md)", "(measuring.md)")
+    if page == "index":  # of applications whose page is still to come nothing is said
+        there = {one.stem for one in HERE.glob("*.md")}
+        source[0] = re.sub(r"^(\w+)\n", lambda one: one[0] if one[1] in there else "", source[0], flags=re.M)
     source[0] = _PUBLIC.sub(lambda found: "```{eval-rst}\n" + _directives(found[1]) + "```", source[0])
 
 
@@ -125,7 +129,7 @@ def _data(module: Any, member: str, value: Any) -> str:
             found = ModuleAnalyzer.for_module(name).find_attr_docs().get(("", member))
             if found:
                 doc = "\n   ".join(as_rst(found))
-                return f".. py:data:: {module.__name__}.{member}\n\n   {doc}\n\n"
+                return f".. py:data:: {member}\n   :module: {module.__name__}\n\n   {doc}\n\n"
     raise LookupError(f"{module.__name__}.{member} has no `#:` comment")
 
 

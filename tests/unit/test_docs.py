@@ -6,11 +6,14 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sphinx.util.inventory import InventoryFile
 
 import libfp
 
@@ -31,8 +34,15 @@ def own_members(cls: type) -> Iterator[tuple[str, Any]]:
             yield from ((name, value) for name, value in vars(one).items() if not name.startswith("_"))
 
 
-def is_callable(value: Any) -> bool:
-    return isinstance(value, property | classmethod | staticmethod) or inspect.isfunction(value)
+def is_public(name: str, value: Any) -> bool:
+    """A method or property."""
+    methods = property | classmethod | staticmethod
+    return not name.startswith("_") and (isinstance(value, methods) or inspect.isfunction(value))
+
+
+def public(module: str) -> Iterator[tuple[str, Any]]:
+    found = importlib.import_module(module)
+    yield from ((name, getattr(found, name)) for name in found.__all__ if name != "__version__")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -41,17 +51,34 @@ def test_every_public_name_is_there_and_has_a_docstring(name: str) -> None:
     assert module.__doc__
     assert len(module.__all__) == len(set(module.__all__))
     undocumented = []
-    for member in module.__all__:
-        value = getattr(module, member)
+    for member, value in public(name):
         if not callable(value):
             continue  # the build wants a comment
         if not value.__doc__:
             undocumented.append(member)
         if inspect.isclass(value):
-            undocumented += [
-                f"{member}.{one}" for one, made in own_members(value) if is_callable(made) and not inspect.getdoc(made)
-            ]
+            methods = [(one, made) for one, made in own_members(value) if is_public(one, made)]
+            undocumented += [f"{member}.{one}" for one, made in methods if not inspect.getdoc(made)]
     assert not undocumented
+
+
+def test_the_pages_are_built_and_have_every_public_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees"), "docs"]
+    built = subprocess.run([*command, str(tmp_path / "html")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert built.returncode == 0, built.stderr
+    with open(tmp_path / "html" / "objects.inv", "rb") as file:
+        inventory = {name for kind in InventoryFile.load(file, "", lambda *parts: "").values() for name in kind}
+    described: dict[int, str] = {}
+    for name in sorted(DOCUMENTED):
+        for member, value in public(name):
+            if home := described.get(id(value)) if callable(value) else None:  # there is a link to it
+                assert home in inventory
+                continue
+            described[id(value)] = f"{name}.{member}"
+            members = vars(value) if inspect.isclass(value) else {}
+            wanted = [name, member], *([name, member, one] for one, made in members.items() if is_public(one, made))
+            missing = {".".join(one) for one in wanted} - inventory
+            assert not missing
 
 
 def test_every_module_is_documented_or_internal() -> None:
