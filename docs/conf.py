@@ -53,20 +53,23 @@ nitpick_ignore_regex = [
     (r"py:class", r"libfp\.(stages\.routes\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
 ]
 
-#: Objects that other calls return: how they are made is no part of the surface.
+#: What other calls return, or stages are given, as all views: how they are made is no part of the surface.
 NOT_MADE_BY_USERS = {
+    "libfp.engine.Bindable",
     "libfp.engine.BoundStage",
     "libfp.engine.Counters",
     "libfp.engine.Stage",
     "libfp.engine.Worker",
+    "libfp.packet.Burst",
+    "libfp.packet.Packet",
+    "libfp.ports.Port",
     "libfp.pyxdp.Attachment",
     "libfp.rings.SharedSpsc",
-    "libfp.stages.RoutesView",
     "libfp.tables.FlowEntry",
     "libfp.tables.FlowPart",
-    "libfp.tables.FlowView",
     "libfp.tables.Table",
     "libfp.testing.netns.Host",
+    "libfp.testing.ping.PingResult",
 }
 
 autodoc_member_order = "bysource"
@@ -175,7 +178,7 @@ def _docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: 
 
 def _signature(app: Any, what: str, name: str, value: Any, options: Any, given: str, returned: str) -> Any:
     """What users are given and never make is shown without a constructor."""
-    return ("", returned) if name in NOT_MADE_BY_USERS else None
+    return ("", returned) if name in NOT_MADE_BY_USERS or name.endswith("View") else None
 
 
 def _bases(app: Any, name: str, value: Any, options: Any, bases: list[Any]) -> None:

@@ -97,3 +97,14 @@ def test_the_figures_are_those_of_the_benches() -> None:
         measured = re.search(rf"^\| {re.escape(case)} \|(?:[^|]*\|){{4}} ([\d.]+) \|", benches[bench], re.M)
         assert measured, case
         assert float(measured[1]) == pytest.approx(float(ratio), rel=0.1), case
+
+
+def test_examples_and_pages_import_what_is_public() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("apps/*/README.md")]
+    programs = [code for page in pages for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)]
+    programs += [example.read_text() for example in ROOT.glob("examples/*.py")]
+    named = {found for code in programs for found in re.findall(r"^ *from (libfp[\w.]*) import (.+)$", code, re.M)}
+    assert len(named) > 20
+    for module, names in named:
+        assert module in DOCUMENTED, f"{module} is internal"
+        assert {one.split(" as ")[0].strip() for one in names.split(",")} <= {*importlib.import_module(module).__all__}
