@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -103,8 +104,9 @@ def test_examples_and_pages_import_what_is_public() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("apps/*/README.md")]
     programs = [code for page in pages for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)]
     programs += [example.read_text() for example in ROOT.glob("examples/*.py")]
-    named = {found for code in programs for found in re.findall(r"^ *from (libfp[\w.]*) import (.+)$", code, re.M)}
+    nodes = [node for code in programs for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    named = {(node.module, one.name) for node in nodes for one in node.names if (node.module or "").startswith("libfp")}
     assert len(named) > 20
-    for module, names in named:
+    for module, name in named:
         assert module in DOCUMENTED, f"{module} is internal"
-        assert {one.split(" as ")[0].strip() for one in names.split(",")} <= {*importlib.import_module(module).__all__}
+        assert name in importlib.import_module(module).__all__
