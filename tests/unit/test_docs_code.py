@@ -11,10 +11,12 @@ what a reader does elsewhere (``invisible-code-block``, with `meanwhile`), progr
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from libfp.cli import fp
+from libfp.cli import config, fp
 from libfp.testing.netns import Lab, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +46,10 @@ NAME = "tutorial", f"tutorial-{os.getpid()}"  # of its instance: others run on t
 #: How the tutorial begins; here it is installed.
 INSTALLING = ("python3 -m venv ", ". ", "pip ")
 #: Programs that are no part of libfp, in commands that are shown and not run.
-OTHERS = {"apt-get", "ethtool", "export", "ip", "modprobe", "nft", "ping", "python", "sysctl", "systemctl"}
-OTHERS |= {".", "python3"}
+OTHERS = {
+    *("apt-get", "cat", "chmod", "ethtool", "export", "ip", "kill", "mkdir", "modprobe", "nft", "openssl", "ping"),
+    *("sysctl", "systemctl", ".", "python", "python3"),
+}
 #: What cannot be run here: the page, and the reason that stands in it. As few as possible.
 LEFT_OUT: set[tuple[str, str]] = set()
 
@@ -72,7 +76,14 @@ class Run:
         self.document = Sybil([*parsers, SkipParser()]).parse(page)
 
     def evaluators(self) -> dict[str, Callable[[Example], None]]:
-        return {"python": self.python, "text": self.text, "console": self.console, "sh": self.shell, "toml": self.toml}
+        return {
+            "python": self.python,
+            "text": self.text,
+            "console": self.console,
+            "sh": self.shell,
+            "toml": self.toml,
+            "nft": self.nft,
+        }
 
     def __call__(self) -> None:
         try:
@@ -202,10 +213,18 @@ class Run:
 
     def toml(self, example: Example) -> None:
         """A configuration file, of the application whose README this is: each key is an option."""
-        command = fp.get_command(click.Context(fp), self.page.parent.name)
+        name = self.page.parent.name
+        command = fp.get_command(click.Context(fp), name)
         assert command is not None
-        keys = {key.replace("-", "_") for key in tomllib.loads(str(example.parsed))}
-        assert keys <= {one.name for one in command.params}
+        own = getattr(importlib.import_module(f"libfp.apps.{name}.cli"), "config", None)
+        known = {*config.keys(command), *getattr(own, "TABLES", ())}
+        assert tomllib.loads(str(example.parsed)).keys() <= known
+
+    def nft(self, example: Example) -> None:
+        """A ruleset, which nft checks where it may."""
+        if os.geteuid() == 0 and shutil.which("nft") is not None:
+            given = str(example.parsed)
+            subprocess.run(["unshare", "--net", "nft", "--check", "--file", "-"], input=given, text=True, check=True)
 
 
 def parse_fp(arguments: list[str]) -> None:
