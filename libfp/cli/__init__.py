@@ -17,6 +17,8 @@ from libfp import __version__
 from libfp.cli import journal
 from libfp.errors import Error
 
+__all__ = ["main", "run"]
+
 # name -> (module:attribute of the click command, the help line `fp --help` shows without importing it)
 COMMANDS = {
     "capture": ("libfp.cli.capture:capture", "Write packets of a running instance to a pcapng file."),
