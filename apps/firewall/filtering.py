@@ -97,11 +97,7 @@ def filter(burst: Burst, routes: RoutesView, acl, acl6, hits, connections):  # t
             continue
         value = load32(scratch + RESULTS4 + 4 * slot)  # behind which are those of IPv6
         if unlikely(what & UNKNOWN != 0):
-            if slot < 64:
-                value = _unknown(burst, i, what, value, routes, acl, scratch + HEADERS4 + 16 * slot, 14, connections)
-            else:
-                at6 = scratch + HEADERS6 + 40 * (slot - 64)
-                value = _unknown(burst, i, what, value, routes, acl6, at6, 38, connections)
+            value = _unknown(burst, i, word & ~UNKNOWN, value, routes, acl, acl6, connections)
             if not burst.is_live(i):
                 continue
         hits.count(value >> NUMBER, _length(burst, i))
@@ -130,13 +126,25 @@ def _classify(acl, headers, results, size, count):  # type: ignore[no-untyped-de
 
 
 @kernel
+def _header(slot, scratch):  # type: ignore[no-untyped-def]
+    """The address of a packet's header for the Acl."""
+    return scratch + HEADERS4 + 16 * slot if slot < 64 else scratch + HEADERS6 + 40 * (slot - 64)
+
+
+@kernel
 def _place(burst, i, routes, slot, scratch, state):  # type: ignore[no-untyped-def]
-    """Write the last two bytes of a packet's header for the Acl."""
-    header = scratch + HEADERS4 + 16 * slot + 14
-    if slot >= 64:
-        header = scratch + HEADERS6 + 40 * (slot - 64) + 38
+    """Write the last two bytes of a packet's header."""
     out = out_port(routes, load32(burst.at + NEXT_HOP + 4 * i))
-    store16be(header, where(burst.port & 63, out & 63, state))
+    at = _header(slot, scratch) + (14 if slot < 64 else 38)
+    store16be(at, where(burst.port & 63, out & 63, state))
+
+
+@kernel
+def _ask(burst, i, routes, slot, scratch, state, acl, acl6):  # type: ignore[no-untyped-def]
+    """What the rules say of a packet in that state."""
+    _place(burst, i, routes, slot, scratch, state)
+    header = _header(slot, scratch)
+    return acl.lookup(header) if slot < 64 else acl6.lookup(header)
 
 
 @kernel
@@ -214,15 +222,13 @@ def _open(burst, i, what, flow, rules):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _unknown(burst, i, what, value, routes, acl, header, last, connections):  # type: ignore[no-untyped-def]
+def _unknown(burst, i, word, value, routes, acl, acl6, connections):  # type: ignore[no-untyped-def]
     """The value that decides about a packet for which there was no flow; a flow, if it begins one. Or a verdict."""
-    flows, rules = connections.flows, connections.rules
-    line, what = flows.lines + LINE * i, what & ~UNKNOWN
+    flows, rules, scratch = connections.flows, connections.rules, connections.scratch
+    what, slot, line = word & 0xFFFF, word >> 16, connections.flows.lines + LINE * i
     kind = load64(line + KIND)
-    table, swapped = flows.four if kind & 0xFF == 2 else flows.six, kind >> 8
-    out = out_port(routes, load32(burst.at + NEXT_HOP + 4 * i))
+    table, words, swapped = flows.table(kind), kind & 0xFF, kind >> 8
     if kind != 0:
-        words = kind & 0xFF
         number = find(table, words, line, load64(line + HASH))
         if number >= 0:  # an earlier packet of the burst has made it
             state = _track(burst, i, what, entry_of(table, number, swapped, 0), rules)
@@ -230,22 +236,20 @@ def _unknown(burst, i, what, value, routes, acl, header, last, connections):  # 
                 burst.punt(i, "crossed-echo")
                 return 0
             if state != REOPENED:
-                store16be(header + last, where(burst.port & 63, out & 63, state))
-                return acl.lookup(header)
-    state = _state_of_unknown(what, rules)
-    if value & ACTION == ACCEPT and state == NEW:
+                return _ask(burst, i, routes, slot, scratch, state, acl, acl6)
+    action = value & ACTION
+    if action == ACCEPT and _state_of_unknown(what, rules) == NEW:
         if kind == 0:
             burst.punt(i, "flows-full")  # no room for IPv6 at all
             return 0
-        flow = enter(table, kind & 0xFF, line, load64(line + HASH), swapped)
+        flow = enter(table, words, line, load64(line + HASH), swapped)
         if not flow.found:
             burst.drop(i, "flows-full")
             return 0
         _open(burst, i, what, flow, rules)
-    elif value & ACTION == DROP and what != SEGMENT | SYN and what != ECHO | REQUEST:
+    elif action == DROP and what not in (SEGMENT | SYN, ECHO | REQUEST):
         for known in (ESTABLISHED, RELATED):
-            store16be(header + last, where(burst.port & 63, out & 63, known))
-            if acl.lookup(header) & ACTION == ACCEPT:
+            if _ask(burst, i, routes, slot, scratch, known, acl, acl6) & ACTION == ACCEPT:
                 burst.punt(i, "flow-unknown")  # Linux may know it
                 return 0
     return value
