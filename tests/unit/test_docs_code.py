@@ -76,14 +76,8 @@ class Run:
         self.document = Sybil([*parsers, SkipParser()]).parse(page)
 
     def evaluators(self) -> dict[str, Callable[[Example], None]]:
-        return {
-            "python": self.python,
-            "text": self.text,
-            "console": self.console,
-            "sh": self.shell,
-            "toml": self.toml,
-            "nft": self.nft,
-        }
+        commands = {"console": self.console, "sh": self.shell}
+        return {"python": self.python, "text": self.text, "toml": self.toml, "nft": self.nft, **commands}
 
     def __call__(self) -> None:
         try:
