@@ -34,8 +34,8 @@ class PerWorker(Generic[P]):
                 return SomePart(...)     # has `view`, what stages of that worker receive, and `close`
 
     A part is made when the worker is, survives its stops and restarts, and is closed with the pipeline's end. If the
-    class of its view has a method ``each_turn``, the worker's loop calls it once a turn, packets or not: what it returns
-    says whether there is more to do (then the worker does not sleep yet).
+    class of its view has a method ``each_turn``, the worker's loop calls it once a turn, packets or not: what it
+    returns says whether there is more to do (then the worker does not sleep yet).
     """
 
     def __init__(self) -> None:

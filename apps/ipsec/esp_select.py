@@ -26,7 +26,7 @@ from libfp.jit import (
 from libfp.packet.burst import KIND, KIND_IPV4, KIND_IPV6, WIDE, Burst
 from libfp.packet.checksum import ipv4_checksum_ok
 from libfp.packet.verdict import KIND_SHIFT, PUNT, reason_code
-from libfp.stages.forwarding import source_is_valid
+from libfp.stages.forwarding4 import source_is_valid
 from libfp.stages.icmp import FRAGMENTATION_NEEDED, TIME_EXCEEDED, TIME_EXCEEDED6, TOO_BIG6, UNREACHABLE, icmp_error
 from libfp.stages.multipath import path_of
 from libfp.stages.routes import (

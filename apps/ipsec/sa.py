@@ -119,6 +119,7 @@ class SaTable:
         if sa.direction == "in":
             self._spis[sa.spi] = at
         else:
+            self.keep()  # numbers that may be used, before there is anybody to use them
             store_release64(self._shared.address + record.TUNNELS_AT + 8 * number, at)
 
     def _fill_in(self, sa: Sa, at: int, tunnel: int, before: dict[str, int]) -> None:

@@ -56,12 +56,12 @@ class StateFile:
 
     def _read(self) -> dict[str, dict[str, int]]:
         try:
-            opened = open(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise _unusable(self.path, error.strerror) from None
-        with opened:
+        with open(file, "rb") as opened:
             status = os.fstat(opened.fileno())
             if status.st_uid != os.geteuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
                 raise _unusable(self.path, "others can read or write it, or own it")

@@ -280,8 +280,9 @@ def test_a_flood_of_new_connections_leaves_known_ones_alone(bed: Bed) -> None:
 def test_garbage(bed: Bed, guard: str) -> None:
     """Any bytes, cut anywhere, beside memory that may not be touched."""
     dice = random.Random(guard)
-    seeds = [tcp(b"data", **ends(4)), tcp(b"data", **ends(6)), udp(b"data", **ends(4)), udp(b"data", **ends(6)),
-             icmp_echo(b"data", src=CLIENT[4], dst=SERVER[4]), about(4, udp(**ends(4))), about(6, udp(**ends(6)))]  # fmt: skip
+    seeds = [make(b"data", **ends(version)) for make in (tcp, udp) for version in (4, 6)]
+    seeds += [about(version, udp(**ends(version))) for version in (4, 6)]
+    seeds += [icmp_echo(b"data", src=CLIENT[4], dst=SERVER[4])]
     for _ in range(100 if INTERPRETED else 1500):
         frame = bytearray(dice.choice(seeds))
         for _ in range(dice.randrange(4)):
