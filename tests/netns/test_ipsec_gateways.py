@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import select
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from libfp.cli import main
 from libfp.linux import xfrm
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.packets import internet_checksum
@@ -38,6 +40,8 @@ NETS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("2001:db8:1::/48", "2001:db8:2::/
 CLEAR = ("10.1.99.0/24", "10.2.99.0/24")  # of what is to be bypassed
 SPIS = {4: (0x1004, 0x2004), 6: (0x1006, 0x2006)}  # to gw2, to gw1
 ESP, MARKER = 50, b"nobody should be able to read this"
+#: With two, SAs belong to one or the other, and most packets are handed off.
+WORKERS = ([1] if os.environ.get("LIBFP_FULL") else []) + [min(2, len(os.sched_getaffinity(0)))]
 BOTH = pytest.mark.parametrize("version", [4, 6])
 
 
@@ -121,8 +125,10 @@ def harmless(frame: bytes) -> bool:
 class Site:
     """The hosts, the wire, the files and the running gateways."""
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    def __init__(self, lab: Lab, folder: Path, workers: int) -> None:
         self.folder = folder
+        cores = sorted(os.sched_getaffinity(0))[:workers]
+        self.options = ("--cores", ",".join(map(str, cores)), "--kick", "inline")
         self.a, self.gw1, wire, self.gw2, self.b = (lab.host(name) for name in ("a", "gw1", "wire", "gw2", "b"))
         for scope in ("all", "default"):
             wire.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
@@ -137,7 +143,7 @@ class Site:
             host.sysctl("net.ipv6.conf.all.accept_dad", 0)
             host.sysctl("net.ipv4.icmp_ratemask", 0)
             host.sysctl("net.ipv6.icmp.ratelimit", 0)
-            lab.link(host, name, other, other_name)
+            lab.link(host, name, other, other_name, queues=workers)
         for number, (host, end, gateway, inside, outside) in enumerate(
             ((self.a, "a0", self.gw1, "l1", "w1"), (self.b, "b0", self.gw2, "l2", "w2"))
         ):
@@ -180,7 +186,8 @@ class Site:
 
     def start(self, number: int) -> AppProcess:
         ports = (f"l{number + 1}", f"w{number + 1}")
-        options = ("--kick", "inline", "--name", f"gw{number + 1}-{os.getpid()}", "--config", str(self.files[number]))
+        name = f"gw{number + 1}-{os.getpid()}"
+        options = (*self.options, "--name", name, "--config", str(self.files[number]))
         return AppProcess((self.gw1, self.gw2)[number], "ipsec", *ports, *options)
 
     def reach(self, version: int = 4) -> None:
@@ -197,21 +204,16 @@ class Site:
 
 
 def fp(*arguments: str) -> str:
-    import contextlib as _c
-    import io
-
-    from libfp.cli import main
-
     out = io.StringIO()
-    with _c.redirect_stdout(out):
+    with contextlib.redirect_stdout(out):
         assert main(list(arguments)) == 0
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=WORKERS, ids=lambda count: f"workers{count}")
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with Lab(ipv6=True) as lab:
-        site = Site(lab, tmp_path_factory.mktemp("ipsec"))
+        site = Site(lab, tmp_path_factory.mktemp("ipsec"), request.param)
         try:
             site.gw1.call(xfrm.policies)
         except OSError as error:
@@ -295,8 +297,6 @@ def test_traceroute_names_the_gateways(site: Site, version: int) -> None:
 @BOTH
 def test_oversize_packets_are_answered_with_the_right_mtu(site: Site, version: int) -> None:
     target, first = (B, GW1) if version == 4 else (B6, GW16)
-    for host in (site.a, site.b):
-        host.netlink("flush_routes", table=0) if False else None
     answer = udp_probe(site.a, target, size=1500 - (28 if version == 4 else 48), dont_fragment=True)
     assert answer is not None
     assert (answer.kind, answer.code, answer.sender) == ((3, 4, first) if version == 4 else (2, 0, first))
@@ -503,6 +503,20 @@ def test_policies_that_somebody_removes_are_put_back(site: Site) -> None:
     before = len(site.gw1.call(xfrm.policies))
     assert site.gw1.call(flush)
     wait_until(lambda: len(site.gw1.call(xfrm.policies)) == before, 5, "the policies to be back")
+    site.reach()
+
+
+def test_another_policy_of_linux_s_suspends_and_nothing_goes_in_clear(site: Site) -> None:
+    """Linux alone forwards then, and blocks what is to be protected."""
+    rule = {"src": "10.66.0.0/16", "table": 7, "priority": 100}
+    gateway = site.gateways[0]
+    said = len(gateway.said())
+    site.gw1.netlink("rule", "add", **rule)
+    wait_until(lambda: "Linux forwards alone" in gateway.said()[said:], 10)
+    assert site.a.ping(B, count=3, interval=0.01, timeout=0.2).received == 0
+    assert site.a.ping(B6, count=3, interval=0.01, timeout=0.2).received == 0
+    assert site.wire.leaks() == []
+    site.gw1.netlink("rule", "del", **rule)
     site.reach()
 
 
