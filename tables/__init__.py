@@ -2,6 +2,7 @@
 
 from libfp.tables.acl import Acl, AclView
 from libfp.tables.acl_rule import Rule
+from libfp.tables.array import Array, ArrayView
 from libfp.tables.flow import Flow, FlowCounts, FlowInfo, FlowKey, FlowPart
 from libfp.tables.flow_record import FlowEntry
 from libfp.tables.flow_view import FlowView
@@ -14,6 +15,8 @@ from libfp.tables.table import Table
 __all__ = [
     "Acl",
     "AclView",
+    "Array",
+    "ArrayView",
     "Flow",
     "FlowCounts",
     "FlowEntry",

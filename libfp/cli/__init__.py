@@ -60,19 +60,27 @@ def fp(verbose: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 for an error that the user can act on."""
+    return run(fp, "fp", arguments)
+
+
+def run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command, one of your own as well, so that what goes wrong is one line; return its exit status.
+
+    `arguments` are those of the process if None.
+    """
     try:
-        result = fp.main(args=arguments, prog_name="fp", standalone_mode=False)
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except Error as error:
-        journal.say(f"fp: {' '.join(str(error).split())}", journal.ERR)
+        journal.say(f"{name}: {' '.join(str(error).split())}", journal.ERR)
         return 2
     except click.UsageError as error:
         error.show()
         return 2
     except click.ClickException as error:
-        click.echo(f"fp: {error.format_message()}", err=True)
+        click.echo(f"{name}: {error.format_message()}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("fp: interrupted", err=True)
+        click.echo(f"{name}: interrupted", err=True)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, but Python would complain again at exit.

@@ -43,7 +43,7 @@ from numba.extending import (
     unbox,
 )
 
-from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, options
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, Inner, options
 
 C = TypeVar("C", bound=type)
 
@@ -55,7 +55,13 @@ if TYPE_CHECKING:
 else:
     constant = type("constant", (int,), {"__doc__": "Marks a compile-time constant."})
 
-_COMPILE = {"boundscheck": BOUNDSCHECK, "no_cfunc_wrapper": True}  # no C caller ever calls a method
+# neither C nor Python ever calls a method that has been compiled
+_COMPILE = {
+    "boundscheck": BOUNDSCHECK,
+    "no_cfunc_wrapper": True,
+    "no_cpython_wrapper": True,
+    "pipeline_class": Inner,
+}
 _OPERATORS = {"__contains__": operator.contains, "__getitem__": operator.getitem, "__len__": len}
 
 
