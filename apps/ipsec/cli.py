@@ -16,10 +16,11 @@ NEEDS = "The SAs and policies (and options) as TOML; SIGHUP reads it again."
 
 @click.command(
     cls=options.Application,
-    commands={"sas": "libfp.apps.ipsec.cli:sas", "release": "libfp.apps.ipsec.cli:release"},
+    commands={name: f"libfp.apps.ipsec.cli:{name}" for name in ("sas", "block", "release")},
     tables=TABLES,
-    epilog="`fp ipsec sas [NAME]` shows the SAs of a running gateway; `fp ipsec release --config FILE` removes the "
-    "XFRM policies that a gateway leaves in the kernel so that nothing is ever sent in clear.",
+    epilog="`fp ipsec sas [NAME]` shows the SAs of a running gateway. `fp ipsec release --config FILE` removes the "
+    "XFRM policies that it leaves in the kernel so that nothing is ever sent in clear; `fp ipsec block --config FILE` "
+    "installs them without it.",
 )
 @options.common("ipsec", config=NEEDS)
 @click.pass_context
@@ -93,6 +94,18 @@ def drops(sa: dict[str, Any]) -> dict[str, int]:
 def dropped(sa: dict[str, Any]) -> int:
     """How many packets of an SA were dropped."""
     return sum(drops(sa).values())
+
+
+@click.command()
+@click.option("--config", metavar="FILE", required=True, help="The gateway's file.")
+def block(config: str) -> None:
+    """Install the XFRM policies of a gateway that does not run (yet): what it would protect is blocked until it does.
+    For the time between the start of the network and that of the gateway."""
+    from libfp.apps.ipsec import xfrm
+    from libfp.apps.ipsec.config import read
+
+    count = xfrm.block(read(config))
+    click.echo(f"fp ipsec: {count} XFRM policies are in the kernel", err=True)
 
 
 @click.command()

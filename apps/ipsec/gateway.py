@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class Gateway:
         self._settings = settings
         self._now = settings.config
         self._sas: dict[Any, tuple[config.SaLine, Sa]] = {}
-        self._failed = ""
+        self._failed, self._began = "", False
 
     def opening(self, undo: ExitStack) -> Mapping[str, Any]:
         """The kernel's policies, then the SAs and ours. Raises BadInput, AlreadyRunning, PolicyConflict,
@@ -49,8 +50,9 @@ class Gateway:
         first = self._now
         require_forwarding(first.versions, self._settings.interfaces)
         self._kernel = undo.enter_context(xfrm.Kernel(xfrm.wanted(first)))
-        undo.callback(self._say_left)
-        os.makedirs(first.state.parent, mode=0o700, exist_ok=True)
+        undo.callback(self._leave)
+        warn_of_foreign(first.locals)
+        _make_folder(first)
         self._table = undo.enter_context(SaTable(state=first.state))
         self._policies = Policies(self._table, default=first.default)
         self._add(first.sas)
@@ -72,7 +74,9 @@ class Gateway:
         )
 
     def started(self, app: Application, linux: Linux) -> None:
-        """`fp ipsec sas` may ask from now on."""
+        """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
+        self._began = True
+        self._kernel.only(xfrm.wanted(self._now))
         app.control.add("sas", lambda request, caller: {"sas": self.shown()})
 
     def shown(self) -> list[dict[str, Any]]:
@@ -173,11 +177,32 @@ class Gateway:
             self._failed = str(error)
             log.error("sequence numbers cannot be written down, so that soon nothing more is sent: %s", error)
 
-    def _say_left(self) -> None:
-        path = self._settings.file
-        journal.say(
-            f"fp ipsec: the XFRM policies stay in the kernel, nothing goes in clear; fp ipsec release --config {path}"
-        )
+    def _leave(self) -> None:
+        """The end: of a start that has come to nothing, nothing is left."""
+        if not self._began:
+            self._kernel.undo()
+            return
+        stay = "the XFRM policies stay in the kernel, nothing goes in clear"
+        journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self._settings.file}")
+
+
+def _make_folder(told: config.Config) -> None:
+    try:
+        os.makedirs(told.state.parent, mode=0o700, exist_ok=True)
+    except OSError as error:
+        what = f"cannot make the folder of {told.state}: {error.strerror}"
+        raise BadInput(what, 'write state = "/a/folder/of/yours/ipsec.json"') from None
+
+
+def warn_of_foreign(addresses: Sequence[str]) -> None:
+    """Warn of `local` addresses that this host has not (yet): no ESP will come to it."""
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind((address, 0))
+            except OSError as error:
+                log.warning("%s is no address of this host: %s", address, error.strerror)
 
 
 def require_forwarding(versions: set[int], interfaces: Sequence[str]) -> None:

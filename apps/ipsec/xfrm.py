@@ -87,8 +87,8 @@ def compare(policies: Iterable[xfrm.Policy]) -> Difference:
 
 
 class Kernel:
-    """Holds the kernel's policies to `policies`. Made in the network namespace that it is for: a context manager, whose
-    end leaves them there.
+    """Has the kernel hold `policies`, beside what an earlier run has left until `only` or `change` is called. Made in
+    the network namespace that it is for: a context manager, whose end leaves them there.
 
     Raises AlreadyRunning, PolicyConflict, MissingCapability, Unsupported.
     """
@@ -100,8 +100,9 @@ class Kernel:
         self._wanted: list[xfrm.Policy] = []
         self._held: frozenset[xfrm.Policy] = frozenset()
         self._instance = _alone()
+        self._before = [policy._replace(number=0) for policy in xfrm.policies() if _ours(policy)]
         try:
-            self.change(policies)
+            self.add(policies)
         except BaseException:
             self._instance.close()
             raise
@@ -133,6 +134,10 @@ class Kernel:
             self._want(policies)
             for policy in compare(policies).stale:
                 xfrm.remove(policy)
+
+    def undo(self) -> None:
+        """Have what was there before this was made: for a start that has come to nothing."""
+        self.change(self._before)
 
     def _want(self, policies: Sequence[xfrm.Policy]) -> None:
         self._wanted, self._held = list(policies), frozenset(policies)
@@ -198,6 +203,14 @@ def _alone() -> socket.socket:
         what = "fp ipsec runs already in this network namespace"
         raise AlreadyRunning(what, "end it: the policies in the kernel are for all interfaces") from None
     return lock
+
+
+def block(config: Config) -> int:
+    """Install the policies without a gateway; how many there are. Raises as `Kernel` does."""
+    policies = wanted(config)
+    with Kernel(policies) as kernel:
+        kernel.only(policies)
+    return len(policies)
 
 
 def release(config: Config) -> int:

@@ -37,6 +37,7 @@ A, B, A6, B6 = "10.1.0.2", "10.2.0.2", "2001:db8:1::2", "2001:db8:2::2"
 GW1, GW2, GW16, GW26 = "10.1.0.1", "10.2.0.1", "2001:db8:1::1", "2001:db8:2::1"
 OUTER = {4: ("198.51.100.1", "198.51.100.2"), 6: ("2001:db8:ff::1", "2001:db8:ff::2")}
 NETS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("2001:db8:1::/48", "2001:db8:2::/48")}
+CROSS = ("10.1.88.0/24", "10.2.88.0/24")  # IPv4 through the tunnel over IPv6
 CLEAR = ("10.1.99.0/24", "10.2.99.0/24")  # of what is to be bypassed
 SPIS = {4: (0x1004, 0x2004), 6: (0x1006, 0x2006)}  # to gw2, to gw1
 ESP, MARKER = 50, b"nobody should be able to read this"
@@ -150,9 +151,10 @@ class Site:
             here, there = number + 1, 2 - number
             host.address(end, f"10.{here}.0.2/24")
             host.address(end, f"2001:db8:{here}::2/64")
-            host.address(end, f"10.{here}.99.2/24")
+            for more in (88, 99):
+                host.address(end, f"10.{here}.{more}.2/24")
+                gateway.address(inside, f"10.{here}.{more}.1/24")
             gateway.address(inside, f"10.{here}.0.1/24")
-            gateway.address(inside, f"10.{here}.99.1/24")
             gateway.address(inside, f"2001:db8:{here}::1/64")
             gateway.address(outside, f"{OUTER[4][number]}/24")
             gateway.address(outside, f"{OUTER[6][number]}/64")
@@ -178,7 +180,7 @@ class Site:
             text += f'spi = {spi:#x}\nlocal = "{local}"\nremote = "{remote}"\ncipher = "aes-256-gcm"\nkey = "{key}"\n'
         here, there = (number, 1 - number)
         text += f'[[policy]]\naction = "bypass"\nsource = "{CLEAR[here]}"\ndestination = "{CLEAR[there]}"\n'
-        for version, nets in NETS.items():
+        for version, nets in ((6, CROSS), *NETS.items()):
             text += f'[[policy]]\naction = "protect"\nsource = "{nets[here]}"\ndestination = "{nets[there]}"\n'
             text += f'tunnel = "six{version}"\n'
         self.files[number].touch(mode=0o600)
@@ -310,6 +312,13 @@ def test_oversize_packets_are_answered_with_the_right_mtu(site: Site, version: i
     assert fits.sender == target, "what fits exactly comes through"
     largest = max(map(len, site.wire.esp()))
     assert 1500 - 3 <= largest - 14 <= 1500
+    peer = OUTER[version][1] + ("/32" if version == 4 else "/128")
+    site.gw1.route(peer, dev="w1", metrics={"mtu": 1400})
+    try:
+        room -= 100
+        wait_until(lambda: (udp_probe(site.a, target, size=1400, dont_fragment=True) or answer).mtu == room, 5)
+    finally:
+        site.gw1.unroute(peer, dev="w1")
 
 
 def test_what_the_policies_bypass_goes_in_clear(site: Site) -> None:
@@ -317,6 +326,13 @@ def test_what_the_policies_bypass_goes_in_clear(site: Site) -> None:
     clear = site.wire.leaks()
     assert len(clear) == 4
     assert site.wire.esp() == []
+
+
+def test_ipv4_through_a_tunnel_over_ipv6(site: Site) -> None:
+    ends = {"address": "10.2.88.2", "source": "10.1.88.2"}
+    wait_until(lambda: site.a.ping(**ends, count=1, timeout=0.5).received, 20, "an answer")
+    assert site.a.ping(**ends, count=3, interval=0.01).received == 3
+    assert {frame[12:14] for frame in site.wire.esp()} == {b"\x86\xdd"}
 
 
 def test_packets_that_a_router_would_punt(site: Site) -> None:
@@ -524,7 +540,8 @@ def test_killed_under_load_nothing_goes_in_clear_and_a_restart_takes_over(site: 
     """Last: the kernel drops what would be in clear; the next start goes on with the sequence numbers."""
     with UdpStream(site.a, site.b, B, rate=500) as stream:
         wait_until(lambda: stream.received > 50, 20)
-        used = site.sas(1)[0x1104]["sequence"]
+        spi = next(spi for spi, sa in site.sas(1).items() if sa["direction"] == "in" and ":" not in sa["local"])
+        used = site.sas(1)[spi]["sequence"]
         site.gateways[0].stop(signal.SIGKILL)
         received, sent = stream.received, stream.sent
         wait_until(lambda: stream.sent > sent + 500, 10)
@@ -535,7 +552,7 @@ def test_killed_under_load_nothing_goes_in_clear_and_a_restart_takes_over(site: 
             site.gateways[0] = gateway
             received = stream.received
             wait_until(lambda: stream.received > received + 100, 10, "the stream to go on")
-            assert site.sas(0)[0x1104]["sequence"] > used
+            assert site.sas(0)[spi]["sequence"] > used
             site.reach(6)
             assert gateway.stop() == 0
             assert "the XFRM policies stay in the kernel, nothing goes in clear; fp ipsec release" in gateway.said()

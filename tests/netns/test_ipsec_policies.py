@@ -10,6 +10,7 @@ import pytest
 
 from libfp.apps.ipsec import xfrm as ours
 from libfp.apps.ipsec.config import Config, read
+from libfp.cli import main
 from libfp.errors import AlreadyRunning, PolicyConflict
 from libfp.linux import guard, xfrm
 from libfp.linux import rtnetlink as rt
@@ -84,12 +85,19 @@ def test_installed_left_adopted_and_released(host: Host, make: Make) -> None:
             with pytest.raises(AlreadyRunning, match="fp ipsec runs already"):
                 ours.release(first)
         assert held(host) == due(first), "they stay"
-        with ours.Kernel(ours.wanted(second)):
-            assert held(host) == due(second), "another priority, and the third goes"
+        with ours.Kernel(ours.wanted(second)) as kernel:
+            assert due(second) < held(host), "another priority; and the third is still there"
+            kernel.undo()
+            assert held(host) == due(first), "as if it had never been"
+            kernel.change(ours.wanted(second))
+            assert held(host) == due(second)
         assert ours.release(first) == 0, "none of these is there as this file says"
         assert ours.release(second) == 8
         assert held(host) == set()
         assert ours.release(second) == 0
+        assert ours.block(first) == len(due(first)) == 12
+        assert ours.block(second) == 8
+        assert held(host) == due(second)
 
 
 def test_what_has_gone_is_put_back(host: Host, make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,6 +146,47 @@ def test_a_foreign_policy_in_the_place_of_ours(host: Host, make: Make) -> None:
             with pytest.raises(PolicyConflict):
                 kernel.change(ours.wanted(config))
             assert held(host) == before
+
+
+def refused(host: Host, capsys: pytest.CaptureFixture[str], config: Config, interface: str = "lo") -> str:
+    """Start it in vain, and return its last line; nothing is left in the kernel, or of what was there nothing lacks."""
+    before = held(host)
+    with host.enter():
+        assert main(["ipsec", interface, "--config", config.path]) == 2
+    assert held(host) == before
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_starts_that_come_to_nothing(
+    host: Host, make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state = f'state = "{tmp_path}/state/ipsec.json"\n'
+    config, other = make(PROTECT, head=state + HEAD), FOREIGN._replace(source="10.1.0.0/16", destination="10.2.0.0/16")
+    text = refused(host, capsys, config)
+    assert text == (
+        "fp: Linux does not forward IPv4 (sysctl net.ipv4.conf.lo.forwarding); sysctl -w net.ipv4.conf.lo.forwarding=1"
+    )
+    host.sysctl("net.ipv4.conf.all.forwarding", 1)
+    assert refused(host, capsys, config).startswith("fp: lo is the loopback device")
+    assert refused(host, capsys, config, "nope0").startswith("fp: no interface 'nope0'")
+    with host.enter(), ours._alone():
+        pass
+    with host.enter():
+        ours.block(config)
+    assert refused(host, capsys, config, "nope0").startswith("fp: no interface 'nope0'")
+    with host.enter():
+        ours.release(config)
+        xfrm.add(other)
+    try:
+        assert "in the place of one that fp ipsec needs; remove it" in refused(host, capsys, config)
+    finally:
+        with host.enter():
+            xfrm.remove(next(one for one in xfrm.policies() if one.source == "10.1.0.0/16"))
+    (tmp_path / "state").rename(tmp_path / "elsewhere")
+    (tmp_path / "state").touch()
+    assert "cannot make the folder" in refused(host, capsys, config)
+    make(PROTECT, ("protect", "2001:db8:1::/48", "2001:db8:2::/48"), head=state + HEAD)
+    assert "Linux does not forward IPv6" in refused(host, capsys, config)
 
 
 def test_ours_are_no_conflict_and_others_are(host: Host, make: Make) -> None:

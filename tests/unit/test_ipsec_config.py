@@ -234,6 +234,28 @@ def test_command_line(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert "key" not in capsys.readouterr().out.lower()
 
 
+def test_sas_as_a_table() -> None:
+    counters = {"packets": 10, "bytes": 840, "replayed": 2, "bad_icv": 1, "exhausted": 0}
+    inbound = {
+        "tunnel": "office", "direction": "in", "spi": 0x2001, "local": "198.51.100.1", "remote": "203.0.113.9",
+        "esn": True, "window": 64, "sequence": 12, "remaining": 7, "exhausted": False, "counters": counters,
+    }  # fmt: skip
+    outbound = {
+        **inbound,
+        "direction": "out",
+        "window": None,
+        "exhausted": True,
+        "counters": {"packets": 3, "bytes": 9},
+    }
+    assert cli.table([inbound, outbound]) == [
+        "tunnel  direction  spi     local         remote       sequence  window  packets  bytes  dropped",
+        "office  in         0x2001  198.51.100.1  203.0.113.9  12        64      10       840    3",
+        "office  out        0x2001  198.51.100.1  203.0.113.9  12        -       3        9      0",
+        "0x2001 dropped 2 replayed, 1 bad icv",
+        "0x2001 has used all its sequence numbers: it sends nothing more; give it a successor",
+    ]
+
+
 def test_policies_of_the_kernel(write: Write) -> None:
     found = xfrm.wanted(read(write(GOOD)))
     first = xfrm.FIRST
