@@ -71,10 +71,10 @@ def firewall(context: click.Context, config: str | None, **given: Any) -> None:
 
 
 def _stages(routes: Any, policy: Any, connections: Any) -> tuple[Any, ...]:
-    from libfp.apps.firewall import filtering
+    from libfp.apps.firewall.filtering import filter as filtering
     from libfp.stages import by_flow, parse, rewrite, route
 
-    between = filtering.filter(routes, policy.acl, policy.acl6, policy.hits, connections)
+    between = filtering(routes, policy.acl, policy.acl6, policy.hits, connections)
     return parse, by_flow, route(routes), between, rewrite(routes)
 
 

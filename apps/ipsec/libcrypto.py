@@ -87,7 +87,7 @@ class Cipher:
         start = self._lib.EVP_DecryptInit_ex2 if decrypting else self._lib.EVP_EncryptInit_ex2
         done = cipher.value and self._context.value and start(self._context, cipher, given, None, None)
         self._lib.EVP_CIPHER_free(cipher)
-        salt = int.from_bytes(given[len(key) - SALT_SIZE :], "little")
+        salt = int.from_bytes(key[-SALT_SIZE:], "little")
         ctypes.memset(given, 0, len(key))
         if done != 1:
             self.close()

@@ -137,5 +137,5 @@ class Policies:
 
     def stage_view(self, replica: Callable[[Any], Any]) -> PoliciesView:
         """See `libfp.engine.decorator.Bindable`."""
-        cells = [replica(one).cell for one in self.stage_tables()]
-        return PoliciesView(*cells, _ACTIONS[self.default])
+        out4, out6, in4, in6 = (replica(one).cell for one in self.stage_tables())
+        return PoliciesView(out4, out6, in4, in6, _ACTIONS[self.default])
