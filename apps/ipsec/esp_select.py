@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from libfp.apps.ipsec.esp_in import end_of
 from libfp.apps.ipsec.policies import BYPASS, DISCARD, PROTECT, PoliciesView
-from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, MARK, OUTER, SasView, owner_of
+from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, OUTER, TICKET, SasView, owner_of
 from libfp.engine.decorator import stage
 from libfp.jit import (
     copy,
@@ -173,7 +173,7 @@ def offer(burst: Burst, i: int, tunnel: int, sas: SasView, routes: RoutesView) -
     room = room_of(record, routes)
     if unlikely(end_of(ip) - ip > room):
         return room
-    burst.packet(i).mark = MARK | record
+    burst.packet(i).mark = load64(record + TICKET)
     burst.hand_off(i, owner_of(record, burst))
     return 0
 
