@@ -50,8 +50,8 @@ TUNNELS_AT = LOCAL_AT + 16 * MOST_LOCALS
 
 @native
 class SasView:
-    """The `SaTable` as one worker sees it: `cell` and `buckets` of its replica of SPIs, the records, what all share, and
-    where it counts its turns."""
+    """The `SaTable` as one worker sees it: `cell` and `buckets` of its replica of SPIs, the records, what all share,
+    libcrypto's functions, and where it counts its turns."""
 
     cell: word
     buckets: word
