@@ -115,7 +115,7 @@ class SaTable:
             sa._key.wipe()
 
     def _add(self, sa: Sa) -> None:
-        if sa.at:
+        if sa._key.wiped:  # by an `add`, whatever came of it
             raise BadInput(f"{sa!r} has been added before", "make another Sa")
         key = sa._key.use()
         digest = hmac.new(key, b"libfp " + sa.direction.encode() + sa.spi.to_bytes(4), hashlib.sha256).hexdigest()[:32]
@@ -172,8 +172,8 @@ class SaTable:
                 self._leaving.append((number, since))
                 continue
             sa, cipher = self._ciphers.pop(number)
-            sa.at = 0
             cipher.close()
+            sa.leave()
             self._free.append(number)
 
     def _now(self) -> dict[int, int]:
