@@ -3,6 +3,7 @@ SIGHUP, and what `fp ipsec sas` asks for."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from libfp.engine.application import Application
 
 log = logging.getLogger("libfp.ipsec")
+
+_PR_SET_DUMPABLE = 4
 
 
 class Settings(running.Settings):
@@ -49,6 +52,7 @@ class Gateway:
         MissingCapability, Unsupported."""
         first = self._now
         require_forwarding(first.versions, self._settings.interfaces)
+        xfrm.require_enabled(self._settings.interfaces)
         self._kernel = undo.enter_context(xfrm.Kernel(xfrm.wanted(first)))
         undo.callback(self._leave)
         warn_of_foreign(first.locals)
@@ -124,6 +128,7 @@ class Gateway:
         if foreign := set(told.locals) - set(self._now.locals):
             raise BadInput(f"{told.path}: the local address {min(foreign)} is new", "that takes a restart")
         require_forwarding(told.versions, self._settings.interfaces)
+        xfrm.require_enabled(self._settings.interfaces)
         new = []
         for line in told.sas:
             if line.names not in self._sas:
@@ -135,8 +140,8 @@ class Gateway:
 
     def _change(self, told: config.Config, new: Sequence[config.SaLine], gone: Sequence[Any]) -> None:
         before = xfrm.wanted(self._now)
-        self._kernel.add(xfrm.wanted(told))
         try:
+            self._kernel.tighten(xfrm.wanted(told))
             self._add(new)
             self._policies.load(_policies(told))
         except BaseException:
@@ -147,7 +152,7 @@ class Gateway:
         for names in gone:
             self._remove(names)
         self._now = told
-        self._kernel.only(xfrm.wanted(told))
+        self._kernel.change(xfrm.wanted(told))
 
     def _add(self, lines: Sequence[config.SaLine]) -> None:
         """Inbound ones first: the peer may use its new one as soon as it has seen ours."""
@@ -184,6 +189,12 @@ class Gateway:
             return
         stay = "the XFRM policies stay in the kernel, nothing goes in clear"
         journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self._settings.file}")
+
+
+def without_cores() -> None:
+    """From now on this process leaves no core, and only root may look into it: there are keys in it (prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("a core of this process would have keys: %s", os.strerror(ctypes.get_errno()))
 
 
 def _make_folder(told: config.Config) -> None:

@@ -10,11 +10,12 @@ The range of priorities tells ours from others; one `fp ipsec` at a time has a n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -87,8 +88,8 @@ def compare(policies: Iterable[xfrm.Policy]) -> Difference:
 
 
 class Kernel:
-    """Has the kernel hold `policies`, beside what an earlier run has left until `only` or `change` is called. Made in
-    the network namespace that it is for: a context manager, whose end leaves them there.
+    """Has the kernel hold `policies`, beside what an earlier run has left to block until `only` or `change` is called.
+    Made in the network namespace that it is for: a context manager, whose end leaves them there.
 
     Raises AlreadyRunning, PolicyConflict, MissingCapability, Unsupported.
     """
@@ -114,19 +115,30 @@ class Kernel:
         self.only(policies)
 
     def add(self, policies: Sequence[xfrm.Policy]) -> None:
-        """Have these, too; of a selector that is there the new action and priority. See `change`."""
+        """Have these, and of what there was only what blocks: an old allowance must not go before a new block. Of a
+        selector that is there the new action and priority. See `change`."""
         with self._lock:
-            before = self._wanted
-            keys = {_key(policy) for policy in policies}
-            self._want([*(policy for policy in before if _key(policy) not in keys), *policies])
+            before, keys = self._wanted, {_key(policy) for policy in policies}
+            kept = (policy for policy in before if policy.action == "block" and _key(policy) not in keys)
+            self._want([*kept, *policies])
             try:
                 self._put(self._wanted)
-                if missing := compare(self._wanted).missing:
-                    raise Unsupported(f"the kernel does not hold {missing[0]}", "see ip xfrm policy")
+                found = compare(self._wanted)
+                if found.missing:
+                    raise Unsupported(f"the kernel does not hold {found.missing[0]}", "see ip xfrm policy")
+                for policy in found.stale:
+                    if policy.action == "allow":
+                        xfrm.remove(policy)
             except BaseException:
                 self._want(before)
                 self._put(before)
                 raise
+
+    def tighten(self, policies: Sequence[xfrm.Policy]) -> None:
+        """On the way to these: `add` those that block, and no allowance that there is not now. See `change`."""
+        compare(policies)  # what it raises for the others it should raise now
+        allowed = {_key(policy) for policy in self._wanted if policy.action == "allow"}
+        self.add([policy for policy in policies if policy.action == "block" or _key(policy) in allowed])
 
     def only(self, policies: Sequence[xfrm.Policy]) -> None:
         """Have no others than these of what `add` was told, now or by an earlier run."""
@@ -211,6 +223,32 @@ def block(config: Config) -> int:
     with Kernel(policies) as kernel:
         kernel.only(policies)
     return len(policies)
+
+
+def require_enabled(interfaces: Collection[str]) -> None:
+    """Raise PolicyConflict where Linux is told not to look at policies, for all interfaces or for one of these; warn
+    where it is another: what comes or leaves there is not blocked (ip-sysctl: disable_policy, disable_xfrm)."""
+    for version in (4, 6):
+        folder = f"/proc/sys/net/ipv{version}/conf"
+        with contextlib.suppress(OSError):
+            for name in sorted(set(os.listdir(folder)) - {"lo", "default"}):
+                for setting in ("disable_policy", "disable_xfrm"):
+                    which = f"net.ipv{version}.conf.{name}.{setting}"
+                    if not _is_set(f"{folder}/{name}/{setting}"):
+                        continue
+                    if name == "all" or name in interfaces:
+                        raise PolicyConflict(
+                            f"Linux looks at no XFRM policies (sysctl {which})", f"sysctl -w {which}=0"
+                        )
+                    log.warning("policies are not for %s: Linux looks at none there (sysctl %s)", name, which)
+
+
+def _is_set(path: str) -> bool:
+    try:
+        with open(path) as file:
+            return file.read().strip() != "0"
+    except OSError:
+        return False  # IPv6 has not all of them; or the interface is gone
 
 
 def release(config: Config) -> int:
