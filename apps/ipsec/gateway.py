@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("libfp.ipsec")
 
+PATIENCE = 1.0  # seconds that a worker may take to see what is new
 _PR_SET_DUMPABLE = 4
 
 
@@ -144,6 +145,7 @@ class Gateway:
             self._kernel.tighten(xfrm.wanted(told))
             self._add(new)
             self._policies.load(_policies(told))
+            _wait_applied(self._policies)
         except BaseException:
             for line in new:
                 self._remove(line.names)
@@ -167,6 +169,8 @@ class Gateway:
                 esn=line.esn,
                 window=line.window,
             )
+            if sa.direction == "out":
+                _wait_applied(self._table)  # with those coming in
             self._table.add(sa)
             self._sas[line.names] = line, sa
         self._table.keep()  # so that they may send at once
@@ -189,6 +193,15 @@ class Gateway:
             return
         stay = "the XFRM policies stay in the kernel, nothing goes in clear"
         journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self._settings.file}")
+
+
+def _wait_applied(what: SaTable | Policies) -> None:
+    """Until all workers go by it; one that is stuck is not waited for."""
+    for table in what.stage_tables():
+        try:
+            table.wait_applied(PATIENCE)
+        except TimeoutError as error:
+            log.warning("%s", error)
 
 
 def without_cores() -> None:

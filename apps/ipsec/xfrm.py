@@ -72,10 +72,18 @@ def _ours(policy: xfrm.Policy) -> bool:
     return policy.plain and FIRST <= policy.priority <= LAST
 
 
+def _there() -> list[xfrm.Policy]:
+    """All that the kernel has. Raises MissingCapability."""
+    try:
+        return xfrm.policies()
+    except PermissionError as error:
+        raise missing_capability("reading XFRM policies", "CAP_NET_ADMIN") from error
+
+
 def compare(policies: Iterable[xfrm.Policy]) -> Difference:
     """Raises PolicyConflict where somebody else's policy has a selector that one of ours needs."""
     due = {_key(policy): policy for policy in policies}
-    found = xfrm.policies()
+    found = _there()
     there = [policy._replace(number=0) for policy in found]
     for policy in there:
         if policy.plain and _key(policy) in due and not _ours(policy):
@@ -101,8 +109,8 @@ class Kernel:
         self._wanted: list[xfrm.Policy] = []
         self._held: frozenset[xfrm.Policy] = frozenset()
         self._instance = _alone()
-        self._before = [policy._replace(number=0) for policy in xfrm.policies() if _ours(policy)]
         try:
+            self._before = [policy._replace(number=0) for policy in _there() if _ours(policy)]
             self.add(policies)
         except BaseException:
             self._instance.close()
@@ -258,7 +266,7 @@ def release(config: Config) -> int:
     """
     with _alone():
         due = set(wanted(config))
-        found = [policy for policy in xfrm.policies() if policy._replace(number=0) in due]
+        found = [policy for policy in _there() if policy._replace(number=0) in due]
         try:
             return sum(xfrm.remove(policy) for policy in found)
         except PermissionError as error:
