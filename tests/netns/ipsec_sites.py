@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from libfp.cli import main
 from libfp.testing.netns import Host, Lab, wait_until
@@ -194,6 +194,19 @@ class Site:
         gateway = (self.gw1, self.gw2)[number]
         return AppProcess(gateway, "ipsec", *ports, *options, "--config", str(self.files[number]), **more)
 
+    def start_again(self, number: int) -> AppProcess:
+        """In the place of the one that has ended."""
+        self.gateways[number].close()
+        self.gateways[number] = self.start(number)
+        return self.gateways[number]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for gateway in self.gateways:
+            gateway.close()
+
     def reload(self, number: int, words: str, **written: Any) -> str:
         """Write the file, send a SIGHUP, wait until the gateway says these words, and return all that it says then."""
         self.write(number, **written)
@@ -206,7 +219,7 @@ class Site:
     def reach(self, version: int = 4) -> None:
         """Until a packet comes through: both gateways know their neighbours then."""
         target = B if version == 4 else B6
-        wait_until(lambda: self.a.ping(target, count=1, timeout=0.5).received, 20, f"{target} to answer")
+        wait_until(lambda: self.a.ping(target, count=1, timeout=0.2).received, 20, f"{target} to answer")
 
     def drops(self, number: int) -> dict[str, int]:
         return dict(self.gateways[number].counters().drops)

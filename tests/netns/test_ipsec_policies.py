@@ -238,6 +238,8 @@ def test_without_root(host: Host, make: Make, tmp_path: Path) -> None:
     with host.enter():
         xfrm.remove(next(policy for policy in xfrm.policies()))
         ours.block(read(config))
+    done = host.run([setpriv, "--bounding-set=-all,+net_admin", *powerless[2:], "block", "--config", config])
+    assert done.returncode == 0, f"as the unit for systemd: {done.stderr}"
     for arguments in (["lo"], ["release"]):
         done = host.run([*powerless, *arguments, "--config", config])
         assert done.returncode == 2, done.stderr

@@ -67,9 +67,9 @@ class Example:
 def test_the_example(tmp_path: Path) -> None:
     with Lab() as lab:
         example = Example(lab, tmp_path)
-        with example.start(0) as first, example.start(1) as second:
-            for gateway in (first, second):
-                gateway.wait_ready()
+        with contextlib.ExitStack() as stack:
+            for number in (0, 1):  # one after the other: the first may have to compile, together with other tests
+                stack.enter_context(example.start(number)).wait_ready(150)
             sniffer = example.world.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
             sniffer.setblocking(False)
             wait_until(lambda: example.left.ping("10.2.0.2", count=1, timeout=0.5).received, 20, "an answer")
