@@ -246,7 +246,10 @@ class _Compiled:
         function = _bare(annotated)
         scope = {"function": function}
         exec(f"def resolve{_parameters(function)}: return function", scope)
-        overload_method(self.kind, name, jit_options=_COMPILE | options(annotated))(scope["resolve"])
+        # What takes a literal is compiled with it at once: numba would first try without, and again at each call.
+        literal = str in inspect.get_annotations(annotated, eval_str=True).values()
+        made = overload_method(self.kind, name, jit_options=_COMPILE | options(annotated), prefer_literal=literal)
+        made(scope["resolve"])
         if name in _OPERATORS:
             kind, arguments = self.kind, ", ".join(inspect.signature(function).parameters)
             scope = {"kind": kind, "isinstance": isinstance}
