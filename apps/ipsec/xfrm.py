@@ -266,8 +266,12 @@ def release(config: Config) -> int:
     """
     with _alone():
         due = set(wanted(config))
-        found = [policy for policy in _there() if policy._replace(number=0) in due]
+        found = [policy for policy in _there() if _ours(policy)]
+        mine = [policy for policy in found if policy._replace(number=0) in due]
+        if len(mine) < len(found):
+            others = len(found) - len(mine)
+            log.warning("%d policies of fp ipsec stay: they are of another file, or of this one as it was", others)
         try:
-            return sum(xfrm.remove(policy) for policy in found)
+            return sum(xfrm.remove(policy) for policy in mine)
         except PermissionError as error:
             raise missing_capability("removing XFRM policies", "CAP_NET_ADMIN") from error

@@ -78,7 +78,7 @@ def due(config: Config) -> set[xfrm.Policy]:
     return set(ours.wanted(config))
 
 
-def test_installed_left_adopted_and_released(host: Host, make: Make) -> None:
+def test_installed_left_adopted_and_released(host: Host, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     first, second = make(PROTECT, ("discard", *BYPASS[1:]), DISCARD6), make(DISCARD6, PROTECT)
     with host.enter():
         with ours.Kernel(ours.wanted(first)):
@@ -95,6 +95,7 @@ def test_installed_left_adopted_and_released(host: Host, make: Make) -> None:
             kernel.change(ours.wanted(second))
             assert held(host) == due(second)
         assert ours.release(first) == 0, "none of these is there as this file says"
+        assert "8 policies of fp ipsec stay: they are of another file, or of this one as it was" in caplog.text
         assert ours.release(second) == 8
         assert held(host) == set()
         assert ours.release(second) == 0
