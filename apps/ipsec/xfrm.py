@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -215,14 +216,27 @@ class Kernel:
 
 def _alone() -> socket.socket:
     """Held as long as this is the only one in this network namespace."""
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         lock.bind(LOCK)
+        lock.listen(1)
     except OSError:
         lock.close()
-        what = "fp ipsec runs already in this network namespace"
+        what = f"fp ipsec runs already in this network namespace{_holder()}"
         raise AlreadyRunning(what, "end it: the policies in the kernel are for all interfaces") from None
     return lock
+
+
+def _holder() -> str:
+    """Who has the lock: anybody can take an abstract name."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as asking,
+        contextlib.suppress(OSError),
+    ):
+        asking.connect(LOCK)
+        pid, user, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return f" (process {pid} of user {user})"
+    return ""
 
 
 def block(config: Config) -> int:

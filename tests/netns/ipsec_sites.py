@@ -79,6 +79,8 @@ class Wire:
 
     def leaks(self) -> list[str]:
         """What should not have been there."""
+        _, lost = struct.unpack("II", self.others.getsockopt(263, 6, 8))  # SOL_PACKET, PACKET_STATISTICS
+        assert lost == 0, "the capture is complete"
         return [f"{frame[:60].hex()} ({len(frame)} bytes)" for frame in self.frames(self.others) if not harmless(frame)]
 
     def send(self, frame: bytes, to: str) -> None:

@@ -186,8 +186,8 @@ def test_ipv4_through_a_tunnel_over_ipv6(site: Site) -> None:
     assert {frame[12:14] for frame in site.wire.esp()} == {b"\x86\xdd"}
 
 
-def test_packets_that_a_router_would_punt(site: Site) -> None:
-    """Options, fragments, odd protocols, extension headers, malformed, too big: never in clear."""
+def send_odd_packets(site: Site) -> None:
+    """What a router would punt or drop: options, fragments, odd protocols, extension headers, malformed, too big."""
     from scapy.layers.inet import IP, UDP, IPOption_Router_Alert, fragment
     from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
     from scapy.layers.l2 import Ether
@@ -227,6 +227,11 @@ def test_packets_that_a_router_would_punt(site: Site) -> None:
             out.send(bytes(ether / packet))
             vlan = bytes(ether)[:12] + b"\x81\0\0\5" + bytes(ether / packet)[12:]
             out.send(vlan)
+
+
+def test_packets_that_a_router_would_punt(site: Site) -> None:
+    """Whatever becomes of them: not in clear."""
+    send_odd_packets(site)
     site.reach()
     assert site.wire.leaks() == []
 
@@ -377,7 +382,8 @@ def test_a_second_gateway_is_refused(site: Site, capsys: pytest.CaptureFixture[s
     before = site.gw1.call(xfrm.policies)
     with site.gw1.enter():
         assert main(["ipsec", "l1", "w1", "--config", str(site.files[1])]) == 2
-        assert "fp: fp ipsec runs already in this network namespace; end it" in capsys.readouterr().err
+        holder = f"process {site.gateways[0].process.pid} of user 0"
+        assert f"fp: fp ipsec runs already in this network namespace ({holder}); end it" in capsys.readouterr().err
         assert main(["ipsec", "release", "--config", str(site.files[0])]) == 2
     assert site.gw1.call(xfrm.policies) == before
     host = site.wire.host
@@ -508,6 +514,7 @@ def test_another_policy_of_linux_s_suspends_and_nothing_goes_in_clear(site: Site
     wait_until(lambda: "Linux forwards alone" in gateway.said()[said:], 10)
     assert site.a.ping(B, count=3, interval=0.01, timeout=0.2).received == 0
     assert site.a.ping(B6, count=3, interval=0.01, timeout=0.2).received == 0
+    send_odd_packets(site)
     assert site.wire.leaks() == []
     site.gw1.netlink("rule", "del", **rule)
     site.reach()
@@ -522,6 +529,7 @@ def test_killed_under_load_nothing_goes_in_clear_and_a_restart_takes_over(site: 
         site.gateways[0].stop(signal.SIGKILL)
         site.wire.esp()
         received, sent = stream.received, stream.sent
+        send_odd_packets(site)
         wait_until(lambda: stream.sent > sent + 200, 10)
         assert stream.received <= received + 50
         assert site.wire.leaks() == [], "the kernel forwards nothing of it"
