@@ -211,7 +211,7 @@ def segment(talk: Talk, way: int, dice: random.Random) -> tuple[bytes, str]:
     flags, size = dice.choice(FLAGS), dice.choice([0, 0, 1, 5])
     sport, dport = talk.ports[::-1] if way else talk.ports
     if flags == "S" and dice.random() < 0.3:
-        talk.next[way] += 100_000
+        talk.next[way] += dice.choice([40, 500])
     seq, ack = talk.next[way], talk.next[1 - way]
     if "R" in flags:
         seq = dice.choice([seq, talk.told[1 - way], 0, seq - 5, seq + 5])
@@ -219,7 +219,7 @@ def segment(talk: Talk, way: int, dice: random.Random) -> tuple[bytes, str]:
         talk.next[way] += size + ("S" in flags) + ("F" in flags)
     if "A" in flags and "R" not in flags:
         talk.told[way] = ack
-    window = dice.choice([65535, 1000, 0])
+    window = dice.choice([65535, 1000, 0] if flags == "A" else [65535, 1000])
     told = ack if "A" in flags else 0
     frame = tcp(bytes(size), sport, dport, flags, seq, told, window, **talk.ends(way))
     return frame, f"{flags} {seq} {ack} +{size}"
