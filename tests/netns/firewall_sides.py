@@ -38,7 +38,8 @@ def plain(frame: bytes) -> bytes:
     """A frame's IP packet without what two kernels number each in its own way."""
     if frame[12:14] == b"\x08\x00":
         return frame[14:18] + bytes(2) + frame[20:24] + bytes(2) + frame[26:]
-    return frame[14:15] + bytes(3) + frame[18:]
+    again = frame[20] == 44  # fragments, of a datagram that netfilter had put together
+    return frame[14:15] + bytes(3) + (frame[18:58] + frame[62:] if again else frame[18:])
 
 
 class Wire:
@@ -191,7 +192,28 @@ class Talk:
         return {"src": src, "dst": dst}
 
 
-FLAGS = ["S", "SA", "A", "A", "A", "FA", "R", "RA", "", "SF", "SR", "F", "FAU", "AU", "SU", "PA", "SAFR", "P", "SE", "AE"]
+FLAGS = [
+    "S",
+    "SA",
+    "A",
+    "A",
+    "A",
+    "FA",
+    "R",
+    "RA",
+    "",
+    "SF",
+    "SR",
+    "F",
+    "FAU",
+    "AU",
+    "SU",
+    "PA",
+    "SAFR",
+    "P",
+    "SE",
+    "AE",
+]
 SEMBLANCE = [*["S", "SA"] * 3, *["A", "PA"] * 4, "FA", "FA", "R", "RA", "SAFR"]  # nearer to what ends do
 
 
@@ -210,7 +232,10 @@ def error(about: bytes, talk: Talk, way: int, kind: int, size: int, astray: bool
     """An ICMP error from the side of end `way`, about a frame that went there, of which it quotes `size` bytes."""
     message = bytes([kind, 0]) + bytes(6) + about[14 : 14 + size]
     side, last = talk.hosts[1 - way]
-    ends = {"src": address(talk.hosts[way][0], 9, talk.version), "dst": address(side, 7 if astray else last, talk.version)}
+    ends = {
+        "src": address(talk.hosts[way][0], 9, talk.version),
+        "dst": address(side, 7 if astray else last, talk.version),
+    }
     return _icmp(message, talk.version == 4, ends)
 
 
@@ -251,7 +276,9 @@ def packets(
             frame = error(latest[key], talk, way, kind, size, dice.random() < 0.1)
             name += f" error {kind} {size}"
         elif talk.protocol == "tcp":
-            frame, told = segment(talk, way, dice, flags or FLAGS) if begun else segment(talk, way, dice, ["S", "S", "A"])
+            frame, told = (
+                segment(talk, way, dice, flags or FLAGS) if begun else segment(talk, way, dice, ["S", "S", "A"])
+            )
             latest[id(talk), way], name = frame, f"{name} {talk.ports} {told}"
         elif talk.protocol == "udp":
             frame = latest[id(talk), way] = udp(bytes(dice.randrange(9)), sport=sport, dport=dport, **ends)

@@ -143,9 +143,9 @@ def apply(linux: Wire, firewall: Watched, text: str) -> None:
 
 
 @pytest.mark.parametrize("rules", RULESETS)
-def test_what_comes_out_is_what_comes_out_of_linux(linux: Wire, firewall: Watched, rules: str) -> None:
+def test_what_comes_out_is_what_comes_out_of_linux(linux: Wire, firewall: Watched, workers: int, rules: str) -> None:
     apply(linux, firewall, HEAD % RULESETS[rules])
-    outcomes, base = Counter[str](), 30_000 + 1000 * list(RULESETS).index(rules)
+    outcomes, base = Counter[str](), 34_000 + 10_000 * workers + 1000 * list(RULESETS).index(rules)
     for seed in range(SEEDS):
         dice = random.Random(f"{rules}{seed}")
         flags = SEMBLANCE if seed % 3 else ()
