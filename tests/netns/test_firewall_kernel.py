@@ -61,7 +61,7 @@ RULESETS = {
         iifname "r0" oifname "r2" counter drop
         ip daddr @blocked drop
         tcp flags syn / syn,ack tcp dport != @services reject with tcp reset
-        ip6 saddr 2001:db8:2::/64 ip6 daddr { 2001:db8:1::7, 2001:db8:3::/64 } tcp sport > 1023 reject with icmpv6 no-route
+        ip6 saddr 2001:db8:2::/64 ip6 daddr { 2001:db8:1::7, 2001:db8:3::/64 } tcp sport > 99 reject with icmpv6 no-route
         icmp type { destination-unreachable, time-exceeded } drop
         icmpv6 type echo-reply drop
         udp sport 5005 counter"""),
