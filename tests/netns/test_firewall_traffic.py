@@ -1,5 +1,5 @@
-"""`fp firewall` under traffic: bulk TCP, new rules under a stream, a flood of SYNs, and SIGKILL, after which Linux filters
-by the same rules.
+"""`fp firewall` under traffic: bulk TCP, new rules under a stream, a flood of SYNs; and SIGKILL, after which Linux
+filters by the same rules.
 """
 
 from __future__ import annotations
