@@ -64,8 +64,8 @@ _MANY = 12  # headers that are looked up faster all 64 than one by one
 def filter(burst: Burst, routes: RoutesView, acl, acl6, hits, connections):  # type: ignore[no-untyped-def]  # noqa: A001
     """Drop what the rules drop ("filtered"), punt what they reject ("reject"); what they accept goes on to `rewrite`.
 
-    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`. ICMP errors that libfp has
-    made pass: they are this host's own, which Linux's hook forward does not see either.
+    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`. ICMP errors that libfp
+    has made pass: they are this host's own, which Linux's hook forward does not see either.
     """
     at, lines = burst.at, connections.flows.lines
     rules, scratch = connections.rules, connections.scratch
