@@ -43,7 +43,7 @@ class Gateway:
     """See `running.run` for the order in which its methods are called."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._now = settings.config
         self._sas: dict[Any, tuple[config.SaLine, Sa]] = {}
         self._failed, self._began = "", False
@@ -52,31 +52,34 @@ class Gateway:
         """The kernel's policies, then the SAs and ours. Raises BadInput, AlreadyRunning, PolicyConflict,
         MissingCapability, Unsupported."""
         first = self._now
-        require_forwarding(first.versions, self._settings.interfaces)
-        xfrm.require_enabled(self._settings.interfaces)
+        require_forwarding(first.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         self._kernel = undo.enter_context(xfrm.Kernel(xfrm.wanted(first)))
         undo.callback(self._leave)
         warn_of_foreign(first.locals)
         _make_folder(first)
-        self._table = undo.enter_context(SaTable(state=first.state))
-        self._policies = Policies(self._table, default=first.default)
+        self.table = undo.enter_context(SaTable(state=first.state))
+        self.policies = Policies(self.table, default=first.default)
         self._add(first.sas)
-        self._policies.load(_policies(first))
-        self._table.start(failed=self._not_kept)
+        self.policies.load(_policies(first))
+        self.table.start(failed=self._not_kept)
         take = [f"proto esp and dst {local}" for local in first.locals]
         return {"applies": self._kernel.applies, "policy_changed": self._kernel.keep, "take": take}
 
     def pipeline(self, linux: Linux) -> Pipeline:
-        """The stages."""
         from libfp import Pipeline
-        from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
-        from libfp.stages import forward, parse
 
         self._kernel.keep()  # what has changed before anybody listened
-        sas, policies = self._table, self._policies
-        return Pipeline(
-            parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, linux), protect(sas), forward(linux)
-        )
+        return Pipeline(*self.stages(linux))
+
+    def stages(self, linux: Linux) -> Sequence[Any]:
+        """Those of `libfp.apps.ipsec.stages`; they read `table` and `policies`."""
+        from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
+        from libfp.stages import forward, parse
+
+        sas, policies = self.table, self.policies
+        ways = select(sas, policies, linux)
+        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(linux)
 
     def started(self, app: Application, linux: Linux) -> None:
         """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
@@ -107,7 +110,7 @@ class Gateway:
 
     def reload(self) -> None:
         """Take over the SAs and policies of the file, or none of them."""
-        told = self._settings.config
+        told = self.settings.config
         try:
             new, gone = self._differences(told)
             self._change(told, new, gone)
@@ -128,8 +131,8 @@ class Gateway:
                 raise BadInput(f"{told.path}: {name} has changed", "that takes a restart")
         if foreign := set(told.locals) - set(self._now.locals):
             raise BadInput(f"{told.path}: the local address {min(foreign)} is new", "that takes a restart")
-        require_forwarding(told.versions, self._settings.interfaces)
-        xfrm.require_enabled(self._settings.interfaces)
+        require_forwarding(told.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         new = []
         for line in told.sas:
             if line.names not in self._sas:
@@ -144,8 +147,8 @@ class Gateway:
         try:
             self._kernel.tighten(xfrm.wanted(told))
             self._add(new)
-            self._policies.load(_policies(told))
-            _wait_applied(self._policies)
+            self.policies.load(_policies(told))
+            _wait_applied(self.policies)
         except BaseException:
             for line in new:
                 self._remove(line.names)
@@ -170,14 +173,14 @@ class Gateway:
                 window=line.window,
             )
             if sa.direction == "out":
-                _wait_applied(self._table)  # with those coming in
-            self._table.add(sa)
+                _wait_applied(self.table)  # with those coming in
+            self.table.add(sa)
             self._sas[line.names] = line, sa
-        self._table.keep()  # so that they may send at once
+        self.table.keep()  # so that they may send at once
 
     def _remove(self, names: Any) -> None:
         if names in self._sas:
-            self._table.remove(self._sas.pop(names)[1])
+            self.table.remove(self._sas.pop(names)[1])
 
     # -- words
 
@@ -192,7 +195,7 @@ class Gateway:
             self._kernel.undo()
             return
         stay = "the XFRM policies stay in the kernel, nothing goes in clear"
-        journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self._settings.file}")
+        journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self.settings.file}")
 
 
 def _wait_applied(what: SaTable | Policies) -> None:

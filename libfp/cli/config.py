@@ -18,7 +18,7 @@ import click
 
 from libfp.errors import BadInput, Error
 
-WITHOUT_KEY = ("config",)
+WITHOUT_KEY = ("config", "sealed")
 _WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
