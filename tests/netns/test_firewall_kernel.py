@@ -24,7 +24,7 @@ from libfp.tables import Rule
 from libfp.testing import udp
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.router import AppProcess, Crossroads
-from tests.netns.firewall_sides import MARKER, SEMBLANCE, Ours, Watched, Wire, mixed, packets, pairs
+from tests.netns.firewall_sides import MARKER, SEMBLANCE, Ours, Watched, Wire, address, mixed, packets, pairs, pieces
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -160,3 +160,18 @@ def test_what_comes_out_is_what_comes_out_of_linux(linux: Wire, firewall: Watche
     assert outcomes["forward"] > COUNT // 3, outcomes
     assert outcomes["drop filtered"] > COUNT // 10, outcomes
     assert outcomes["punt fragment"], outcomes
+
+
+def test_linux_does_not_know_the_flows_of_the_fast_path(linux: Wire, firewall: Watched, workers: int) -> None:
+    """The exception: a fragment of such a flow is Linux's to decide, which may refuse it by `ct state`. Counted."""
+    apply(linux, firewall, HEAD % RULESETS["stateful"])
+    ports, back = {"sport": 900 + workers, "dport": 5005}, {"sport": 5005, "dport": 900 + workers}
+    there, here = {"src": address(0, 2, 4), "dst": address(1, 2, 4)}, {"src": address(1, 2, 4), "dst": address(0, 2, 4)}
+    for side, frame in ((0, udp(**ports, **there)), (1, udp(**back, **here))):
+        [passed] = linux.send(side, frame)
+        assert firewall.send_as(side, frame, 1) == [passed]
+    before = firewall.punts.get("fragment", 0)
+    first, second = pieces(udp(bytes(40), **back, **here), 77)
+    assert [len(linux.send(1, one)) for one in (first, second)] == [0, 2]
+    assert [len(firewall.send_as(1, one, 0)) for one in (first, second)] == [0, 0]
+    assert firewall.punts["fragment"] == before + 2

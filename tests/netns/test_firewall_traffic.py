@@ -16,7 +16,7 @@ import pytest
 
 from libfp.testing import tcp
 from libfp.testing.netns import Host, Lab, wait_until
-from libfp.testing.router import AppProcess, Crossroads
+from libfp.testing.router import AppProcess, Crossroads, footprint
 from libfp.testing.traffic import UdpStream, tcp_transfer
 
 pytestmark = pytest.mark.timeout(120)
@@ -189,3 +189,16 @@ def test_after_sigkill_linux_decides_by_the_same_rules(net: Crossroads, firewall
         talk(pairs)
     back = net.server.ping(CLIENT, count=2, interval=0.001, timeout=0.1)
     assert back.received == 0
+
+
+@pytest.mark.parametrize("stage", ["reading Linux's", "kick: inline"])
+def test_interrupted_while_it_starts(net: Crossroads, stage: str) -> None:
+    """By Ctrl-C: nothing stays but the kernel's rules."""
+    before, rules = footprint(net.router), net.router.run(["nft", "-s", "list", "ruleset"]).stdout
+    with AppProcess(net.router, "firewall", *net.PORTS, "--kick", "inline", wait=False) as process:
+        process.wait_said(stage)
+        assert process.stop(signal.SIGINT, timeout=10) in (0, 130)
+        assert "Traceback" not in process.said()
+        assert process.end or "fp: interrupted" in process.said()
+    assert footprint(net.router) == before
+    assert net.router.run(["nft", "-s", "list", "ruleset"]).stdout == rules
