@@ -53,7 +53,7 @@ class Everything(Gateway):
             select(sas, policies, linux),  # in clear, through a tunnel, or nowhere
             route(linux),  # the port that the rules ask for
             filtering(linux, rules.acl, rules.acl6, rules.hits, self.rules.connections),
-            to_tunnel,
+            to_tunnel(sas),
             protect(sas),
             forward(linux),  # ESP has another way than what is in it
         )

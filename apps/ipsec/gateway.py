@@ -79,7 +79,7 @@ class Gateway:
 
         sas, policies = self.table, self.policies
         ways = select(sas, policies, linux)
-        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(linux)
+        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(linux)
 
     def started(self, app: Application, linux: Linux) -> None:
         """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
