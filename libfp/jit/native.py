@@ -87,6 +87,12 @@ def _type_of(module: str, name: str, constants: tuple[int, ...]) -> NativeType:
     return _classes[module, name]._native_type(constants)
 
 
+def class_of(name: str) -> Any:
+    """The native class whose numba type has this name (without constants), or None."""
+    module, _, qualname = name.rpartition(".")
+    return _classes.get((module, qualname))
+
+
 @dataclass_transform()
 def native(cls: C) -> C:
     """Make `cls` a struct in compiled code, too: its annotations are its fields and the arguments of its constructor.
