@@ -29,7 +29,8 @@ class Settings(running.Settings):
     config: config.Config
 
     def reread(self) -> dict[str, Any]:
-        assert self.file is not None
+        if self.file is None:
+            raise BadInput("no --config", "name the file with the SAs and policies")
         told = super().reread()
         self.config = config.read(self.file)
         return told

@@ -91,10 +91,9 @@ def test_prefix_count_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFix
 
     class App:
         def start(self, ports: Any) -> App:
-            part = program.counters.make(0)
+            part = program.counters.join(0)
             part.view.add(1, 100)
             part.view.add(2, 300)
-            program.counters.parts.append(part)
             return self
 
         def wait(self, seconds: float) -> bool:
