@@ -64,8 +64,8 @@ _MANY = 12  # headers that are looked up faster all 64 than one by one
 def filter(burst: Burst, routes: RoutesView, acl, acl6, hits, connections):  # type: ignore[no-untyped-def]  # noqa: A001
     """Drop what the rules drop ("filtered"), punt what they reject ("reject"); what they accept goes on to `rewrite`.
 
-    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`. ICMP errors that libfp has
-    made pass: they are this host's own, which Linux's hook forward does not see either.
+    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`. ICMP errors that libfp
+    has made pass: they are this host's own, which Linux's hook forward does not see either.
     """
     at, lines = burst.at, connections.flows.lines
     rules, scratch = connections.rules, connections.scratch
@@ -182,7 +182,7 @@ def _state_of_unknown(what, rules):  # type: ignore[no-untyped-def]
 
 @kernel
 def _track(burst, i, what, flow, rules):  # type: ignore[no-untyped-def]
-    """The state of a packet of a known flow, which learns from it. REOPENED: it is known no more. Or _CROSSED."""
+    """The state of a packet of a known flow, which learns from it. REOPENED: it is none of that flow. Or _CROSSED."""
     table, at = flow.table, flow.at
     way, whole = 1 if flow.reply else 0, what & WHOLE_KIND
     ip = burst.packet(i).l3
@@ -192,7 +192,7 @@ def _track(burst, i, what, flow, rules):  # type: ignore[no-untyped-def]
             return tcp_packet(rules, table, at, way, ip + IPV6_SIZE, ip + IPV6_SIZE + load16be(ip + 4))
         return tcp_packet(rules, table, at, way, ip + 20, ip + load16be(ip + 2))
     if what & (REQUEST | REPLY) != 0 and whole != DATAGRAM and what & 3 != REQUEST + way:
-        return INVALID if whole == ERROR else _CROSSED  # pings of one identifier, both ways
+        return REOPENED if whole == ERROR else _CROSSED  # pings of one identifier, both ways: Linux may know that one
     if whole == ERROR:
         return RELATED
     notes = load64(at + NOTES)

@@ -27,7 +27,7 @@ import numpy as np
 from libfp.apps.firewall.hits import NUMBERS, Hits
 from libfp.apps.firewall.ranges import Ranges, cubes, members, prefixes
 from libfp.apps.firewall.ruleset import Rule, Ruleset
-from libfp.errors import BadInput
+from libfp.errors import BadInput, Unsupported
 from libfp.jit import kernel
 from libfp.tables import Acl
 from libfp.tables import Rule as AclRule
@@ -45,6 +45,7 @@ OUT_AT, STATE_AT = 6, 12
 
 CAPACITY = 1 << 14  # rules of a table, and
 MOST = 4096  # of these for one of nftables
+APPLIED = 5.0  # seconds in which workers have taken a change
 _ACTIONS = {"accept": ACCEPT, "drop": DROP, "punt": PUNT}
 _STATES, _BYTES = frozenset(range(5)), frozenset(range(256))
 _TCP = (6, 0xFF)
@@ -197,6 +198,14 @@ class Policy:
                     acl.load(told)
                     self._loaded[version] = told
             self._numbers, self.ruleset = numbers, ruleset
+
+    def wait_applied(self) -> None:
+        """Return when all workers go by what has been loaded. Raises Unsupported if one does not."""
+        try:
+            for acl in (self.acl, self.acl6):
+                acl.wait_applied(APPLIED)
+        except TimeoutError:
+            raise Unsupported("a worker does not take the rules over", "see what it does: fp stats") from None
 
     def check(self, ruleset: Ruleset) -> dict[int, list[Entry]]:
         """What would be loaded, by IP version. Raises BadInput where `load` does."""

@@ -30,8 +30,9 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
     The policies are also put into the kernel, as XFRM policies, before the first packet is taken, and stay there at
     the end: whatever gets past the fast path is dropped rather than sent in clear.
     """
-    from libfp.apps.ipsec.gateway import Gateway, Settings
+    from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
 
+    without_cores()
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Gateway(settings)

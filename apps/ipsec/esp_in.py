@@ -49,7 +49,7 @@ from libfp.jit import (
     unlikely,
 )
 from libfp.packet.burst import Burst, Packet
-from libfp.packet.checksum import checksum
+from libfp.packet.checksum import checksum, ipv4_checksum_ok
 from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, IPV6_SIZE
 from libfp.stages.parsing import parse_again
 
@@ -118,7 +118,7 @@ def receive(burst: Burst, i: int, at: int, sas: SasView, policies: PoliciesView)
         burst.drop(i, "esp-truncated")
     elif end - at & 3 != 0:
         burst.drop(i, "esp-alignment")
-    elif load8(ip) >> 4 == 4 and checksum(ip, at - ip) != 0:
+    elif not has_good_header(ip, at - ip):
         burst.drop(i, "ipv4-checksum")
     else:
         record = sas.find(load32be(at))
@@ -128,6 +128,14 @@ def receive(burst: Burst, i: int, at: int, sas: SasView, policies: PoliciesView)
             burst.drop(i, "esp-owner")  # `to_sa` has not been asked
         else:
             verify(burst, i, at, end, record, sas, policies)
+
+
+@kernel
+def has_good_header(ip: int, size: int) -> bool:
+    """Whether the checksum of the header of that size is right; IPv6 has none."""
+    if load8(ip) == 0x45:
+        return ipv4_checksum_ok(ip)
+    return load8(ip) >> 4 == 6 or checksum(ip, size) == 0
 
 
 @kernel

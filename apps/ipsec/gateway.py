@@ -3,6 +3,7 @@ SIGHUP, and what `fp ipsec sas` asks for."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from libfp.engine.application import Application
 
 log = logging.getLogger("libfp.ipsec")
+
+PATIENCE = 1.0  # seconds that a worker may take to see what is new
+_PR_SET_DUMPABLE = 4
 
 
 class Settings(running.Settings):
@@ -50,6 +54,7 @@ class Gateway:
         MissingCapability, Unsupported."""
         first = self._now
         require_forwarding(first.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         self._kernel = undo.enter_context(xfrm.Kernel(xfrm.wanted(first)))
         undo.callback(self._leave)
         warn_of_foreign(first.locals)
@@ -75,7 +80,7 @@ class Gateway:
 
         sas, policies = self.table, self.policies
         ways = select(sas, policies, linux)
-        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(linux)
+        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(linux)
 
     def started(self, app: Application, linux: Linux) -> None:
         """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
@@ -128,6 +133,7 @@ class Gateway:
         if foreign := set(told.locals) - set(self._now.locals):
             raise BadInput(f"{told.path}: the local address {min(foreign)} is new", "that takes a restart")
         require_forwarding(told.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         new = []
         for line in told.sas:
             if line.names not in self._sas:
@@ -139,10 +145,11 @@ class Gateway:
 
     def _change(self, told: config.Config, new: Sequence[config.SaLine], gone: Sequence[Any]) -> None:
         before = xfrm.wanted(self._now)
-        self._kernel.add(xfrm.wanted(told))
         try:
+            self._kernel.tighten(xfrm.wanted(told))
             self._add(new)
             self.policies.load(_policies(told))
+            _wait_applied(self.policies)
         except BaseException:
             for line in new:
                 self._remove(line.names)
@@ -151,7 +158,7 @@ class Gateway:
         for names in gone:
             self._remove(names)
         self._now = told
-        self._kernel.only(xfrm.wanted(told))
+        self._kernel.change(xfrm.wanted(told))
 
     def _add(self, lines: Sequence[config.SaLine]) -> None:
         """Inbound ones first: the peer may use its new one as soon as it has seen ours."""
@@ -166,6 +173,8 @@ class Gateway:
                 esn=line.esn,
                 window=line.window,
             )
+            if sa.direction == "out":
+                _wait_applied(self.table)  # with those coming in
             self.table.add(sa)
             self._sas[line.names] = line, sa
         self.table.keep()  # so that they may send at once
@@ -188,6 +197,21 @@ class Gateway:
             return
         stay = "the XFRM policies stay in the kernel, nothing goes in clear"
         journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self.settings.file}")
+
+
+def _wait_applied(what: SaTable | Policies) -> None:
+    """Until all workers go by it; one that is stuck is not waited for."""
+    for table in what.stage_tables():
+        try:
+            table.wait_applied(PATIENCE)
+        except TimeoutError as error:
+            log.warning("%s", error)
+
+
+def without_cores() -> None:
+    """From now on this process leaves no core, and only root may look into it: there are keys in it (prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("a core of this process would have keys: %s", os.strerror(ctypes.get_errno()))
 
 
 def _make_folder(told: config.Config) -> None:

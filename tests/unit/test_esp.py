@@ -128,7 +128,7 @@ class Gateway:
         sas, policies = self.sas, self.policies
         ways = select(sas, policies, routes)
         self.pipeline = Pipeline(
-            parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(routes)
+            parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(routes)
         )
 
     def reset(self, *more: Policy) -> None:
