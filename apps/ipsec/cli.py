@@ -33,8 +33,9 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
     """
     if config is None:
         raise BadInput("no --config", "name the file with the SAs and policies")
-    from libfp.apps.ipsec.gateway import Gateway, Settings
+    from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
 
+    without_cores()
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Gateway(settings)

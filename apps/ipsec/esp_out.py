@@ -1,4 +1,6 @@
-"""ESP that goes out (RFC 4303 section 3.3): the stage `protect`, for the packets that `select` has marked."""
+"""ESP that goes out (RFC 4303 section 3.3), of the packets that `select` has marked: `to_tunnel`, which gives each to
+its SA's worker, and `protect`.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,20 @@ from libfp.jit import (
     ult64,
     unlikely,
 )
-from libfp.packet.burst import Burst
+from libfp.packet.burst import Burst, Packet
 from libfp.packet.checksum import checksum
 from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from libfp.stages.parsing import parse_again
 
 _IPV4, _IPV6 = 4, 41  # next headers
+
+
+@stage
+def to_tunnel(packet: Packet) -> None:
+    """Hand the packets that `select` has marked to the worker that has their SA."""
+    mark = packet.mark
+    if mark & MARK_MASK == MARK:
+        packet.hand_off(owner_of(mark & ~MARK_MASK, Burst(packet.burst)))
 
 
 @stage.burst

@@ -5,8 +5,8 @@
         sas.start()
 
 ESP in tunnel mode (RFC 4303) with AES-GCM and a 16-byte ICV (RFC 4106), with extended sequence numbers or without. Each
-SA is one worker's: `select` and `to_sa` hand its packets to that one, so that its sequence numbers and its window have
-one writer and its cipher one user.
+SA is one worker's: `to_tunnel` and `to_sa` hand its packets to that one, so that its sequence numbers and its window
+have one writer and its cipher one user.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from libfp import Pipeline
 from libfp.apps.ipsec import record, replay
 from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
-from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
+from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
 from libfp.engine.crew import Crew
 from libfp.engine.state import WorkerState
 from libfp.jit import Arena, store64
@@ -126,8 +126,9 @@ class Gateway:
             packed = [IP(src=PORTS[4][port]), IPv6(src=PORTS[6][port])]
             routes.set_address(port, bytes(packed[0])[12:16], bytes(packed[1])[8:24])
         sas, policies = self.sas, self.policies
+        ways = select(sas, policies, routes)
         self.pipeline = Pipeline(
-            parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, routes), protect(sas), forward(routes)
+            parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(routes)
         )
 
     def reset(self, *more: Policy) -> None:
