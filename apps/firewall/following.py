@@ -82,7 +82,8 @@ class Following:
             if found != before:
                 self.policy.load(found)
                 self._applied = {(chain.family, chain.table, chain.name) for chain in found.chains}
-                self.policy.wait_applied()
+                if not self.policy.wait_applied():
+                    log.error("a worker has not taken the rules over yet: it may hang, see fp stats")
                 log.warning("rules taken over: %d where there were %d", len(found.rules), len(before.rules))
 
     def reload(self) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from libfp.apps.firewall.hits import NUMBERS, Hits
 from libfp.apps.firewall.ranges import Ranges, cubes, members, prefixes
 from libfp.apps.firewall.ruleset import Rule, Ruleset
-from libfp.errors import BadInput, Unsupported
+from libfp.errors import BadInput
 from libfp.jit import kernel
 from libfp.tables import Acl
 from libfp.tables import Rule as AclRule
@@ -199,13 +199,14 @@ class Policy:
                     self._loaded[version] = told
             self._numbers, self.ruleset = numbers, ruleset
 
-    def wait_applied(self) -> None:
-        """Return when all workers go by what has been loaded. Raises Unsupported if one does not."""
+    def wait_applied(self) -> bool:
+        """Return when all workers go by what has been loaded: True, or False if one does not for seconds."""
         try:
             for acl in (self.acl, self.acl6):
                 acl.wait_applied(APPLIED)
         except TimeoutError:
-            raise Unsupported("a worker does not take the rules over", "see what it does: fp stats") from None
+            return False
+        return True
 
     def check(self, ruleset: Ruleset) -> dict[int, list[Entry]]:
         """What would be loaded, by IP version. Raises BadInput where `load` does."""

@@ -29,7 +29,7 @@ from tests.netns.firewall_sides import MARKER, SEMBLANCE, Ours, Watched, Wire, a
 pytestmark = pytest.mark.timeout(180)
 
 # Segments that leave gaps, so that Linux's windows show, are rare: in none of these seeds.
-SEEDS = 15 if os.environ.get("LIBFP_FULL") else 3
+SEEDS = 15 if os.environ.get("LIBFP_FULL") else 2
 COUNT = 300  # packets a seed
 HEAD = f"""flush ruleset
 table inet filter {{
