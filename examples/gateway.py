@@ -13,7 +13,7 @@ import click
 from libfp.apps.firewall.filtering import filter as filtering
 from libfp.apps.firewall.following import Following
 from libfp.apps.ipsec.cli import TABLES
-from libfp.apps.ipsec.gateway import Gateway, Settings
+from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
 from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
 from libfp.cli import options, run, running
 from libfp.stages import by_flow, forward, parse, route
@@ -53,7 +53,7 @@ class Everything(Gateway):
             select(sas, policies, linux),  # in clear, through a tunnel, or nowhere
             route(linux),  # the port that the rules ask for
             filtering(linux, rules.acl, rules.acl6, rules.hits, self.rules.connections),
-            to_tunnel,
+            to_tunnel(sas),
             protect(sas),
             forward(linux),  # ESP has another way than what is in it
         )
@@ -71,6 +71,7 @@ class Everything(Gateway):
 @options.common("gateway", "The SAs and policies (and options) as TOML; SIGHUP reads it again, and the rules.")
 @click.pass_context
 def main(context, config, **given):
+    without_cores()  # there are keys in it
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Everything(settings)

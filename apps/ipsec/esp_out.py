@@ -54,31 +54,38 @@ _IPV4, _IPV6 = 4, 41  # next headers
 
 
 @stage
-def to_tunnel(packet: Packet) -> None:
+def to_tunnel(packet: Packet, sas: SasView) -> None:
     """Hand the packets that `select` has marked to the worker that has their SA."""
     mark = packet.mark
     if mark & MARK_MASK == MARK:
-        packet.hand_off(owner_of(mark & ~MARK_MASK, Burst(packet.burst)))
+        record = sas.holder(mark)
+        if record != 0:  # else `protect` drops it
+            packet.hand_off(owner_of(record, Burst(packet.burst)))
 
 
 @stage.burst
 def protect(burst: Burst, sas: SasView) -> None:
     """Encrypt the packets that `select` has given to an SA, and go on with ESP to its peer, kept from Linux.
 
-    Dropped: "sa-exhausted" when the SA has no sequence number left, for good; "esp-unreserved" while none is free to
-    be used; "esp-no-room" where the frame has not the room. No verdict uses up a sequence number.
+    Dropped: "no-sa" when the SA has been removed meanwhile; "sa-exhausted" when it has no sequence number left, for
+    good; "esp-unreserved" while none is free to be used; "esp-no-room" where the frame has not the room. No verdict
+    uses up a sequence number.
     """
     for i in range(burst.count):
         mark = burst.packet(i).mark
         if mark & MARK_MASK == MARK:
-            send(burst, i, mark & ~MARK_MASK, sas)
+            burst.packet(i).mark = 0
+            record = sas.holder(mark)
+            if unlikely(record == 0):
+                burst.drop(i, "no-sa")
+            else:
+                send(burst, i, record, sas)
 
 
 @kernel
 def send(burst: Burst, i: int, record: int, sas: SasView) -> None:
     """Packet `i` by the SA of `record`."""
     packet, sequence = burst.packet(i), load64(record + SEQUENCE)
-    packet.mark = 0
     if unlikely(owner_of(record, burst) != burst.worker):
         burst.drop(i, "esp-owner")
         return

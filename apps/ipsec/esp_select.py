@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from libfp.apps.ipsec.esp_in import end_of
 from libfp.apps.ipsec.policies import BYPASS, DISCARD, PROTECT, PoliciesView
-from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, MARK, OUTER, SasView
+from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, OUTER, TICKET, SasView
 from libfp.engine.decorator import stage
 from libfp.jit import (
     copy,
@@ -174,7 +174,7 @@ def offer(burst: Burst, i: int, tunnel: int, sas: SasView, routes: RoutesView) -
     if unlikely(end_of(ip) - ip > room):
         return room
     packet = burst.packet(i)
-    packet.mark = MARK | record
+    packet.mark = load64(record + TICKET)
     packet.keep()
     return 0
 

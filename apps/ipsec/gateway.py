@@ -16,6 +16,7 @@ from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
 from libfp.cli import journal, running
 from libfp.errors import BadInput, Error
+from libfp.tables.table import Table
 
 if TYPE_CHECKING:
     from libfp import Linux, Pipeline
@@ -33,7 +34,8 @@ class Settings(running.Settings):
     config: config.Config
 
     def reread(self) -> dict[str, Any]:
-        assert self.file is not None
+        if self.file is None:
+            raise BadInput("no --config", "name the file with the SAs and policies")
         told = super().reread()
         self.config = config.read(self.file)
         return told
@@ -79,7 +81,7 @@ class Gateway:
 
         sas, policies = self.table, self.policies
         ways = select(sas, policies, linux)
-        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel, protect(sas), forward(linux)
+        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(linux)
 
     def started(self, app: Application, linux: Linux) -> None:
         """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
@@ -201,6 +203,8 @@ class Gateway:
 def _wait_applied(what: SaTable | Policies) -> None:
     """Until all workers go by it; one that is stuck is not waited for."""
     for table in what.stage_tables():
+        if not isinstance(table, Table):  # what workers have for themselves
+            continue
         try:
             table.wait_applied(PATIENCE)
         except TimeoutError as error:

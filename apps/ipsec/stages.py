@@ -1,7 +1,8 @@
 """The stages of the IPsec gateway, in the order in which packets come to them:
 
 Pipeline(
-    parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, linux), to_tunnel, protect(sas), forward(linux)
+    parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, linux), to_tunnel(sas), protect(sas),
+    forward(linux),
 )
 
 Other stages may come between `select` and `to_tunnel`: they see each packet once and in clear, and with it in

@@ -25,7 +25,7 @@ from libfp.testing.instance import Instance
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.probe import IcmpError, udp_probe
 from libfp.testing.traffic import tcp_transfer
-from tests.netns.test_ipsec_gateways import Wire, harmless, is_esp
+from tests.netns.ipsec_sites import Wire, harmless, is_esp
 
 pytestmark = pytest.mark.timeout(180)
 
