@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pygments.lexers.special import TextLexer
 from sphinx.pycode import ModuleAnalyzer
 
 # Kernels and entry points are plain functions then, and nothing is compiled.
@@ -195,3 +196,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-bases", _bases)
     app.connect("autodoc-skip-member", _skip)
+    app.add_lexer("nft", TextLexer)  # rulesets: Pygments has none for them
