@@ -12,10 +12,11 @@ import click
 
 from libfp.apps.firewall.filtering import filter as filtering
 from libfp.apps.firewall.following import Following
-from libfp.apps.ipsec.cli import TABLES
-from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
+from libfp.apps.ipsec.gateway import Gateway, Settings
 from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
-from libfp.cli import options, run, running
+from libfp.cli import run
+from libfp.cli.options import Command, common
+from libfp.cli.running import run as run_application
 from libfp.stages import by_flow, forward, parse, route
 
 
@@ -67,15 +68,14 @@ class Everything(Gateway):
         self.rules.reload()
 
 
-@click.command(cls=options.Application, tables=TABLES, help=__doc__)
-@options.common("gateway", "The SAs and policies (and options) as TOML; SIGHUP reads it again, and the rules.")
+@click.command(cls=Command, tables=Settings.TABLES, help=__doc__)
+@common("gateway", "The SAs and policies (and options) as TOML; SIGHUP reads it again, and the rules.")
 @click.pass_context
 def main(context, config, **given):
-    without_cores()  # there are keys in it
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Everything(settings)
-    running.run(
+    run_application(
         "gateway",
         settings,
         gateway.pipeline,

@@ -18,7 +18,7 @@ BY_LINUX = ("fragment", "untracked-protocol", "untracked-icmp", "ipv6-extension"
 
 
 @click.command(
-    cls=options.Application,
+    cls=options.Command,
     commands={"rules": "libfp.apps.firewall.rules:rules"},
     epilog="`fp firewall rules [NAME]` shows the rules of a running firewall, with their hits.",
 )

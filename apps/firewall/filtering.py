@@ -54,6 +54,8 @@ from libfp.tables.flow_record import ASSURED, CREATED_AT, FLAGS, NOW, TIMEOUTS, 
 from libfp.tables.flow_table import enter, entry_of, find
 from libfp.tables.flow_view import HASH, KIND, LINE
 
+__all__ = ["filter"]
+
 _UDP, _UDP_STREAM, _ICMP, _ICMPV6 = 12, 13, 14, 15  # states of flows
 _STREAM_AFTER = 200  # ticks
 _CROSSED = -2  # of `_track`

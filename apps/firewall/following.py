@@ -14,6 +14,8 @@ from libfp.apps.firewall.ranges import members
 from libfp.apps.firewall.ruleset import Ruleset
 from libfp.errors import BadInput, Error
 
+__all__ = ["Following"]
+
 log = logging.getLogger("libfp.firewall")
 
 SHOWN = 256  # rules in one part of an answer

@@ -14,7 +14,7 @@ NEEDS = "The SAs and policies (and options) as TOML; SIGHUP reads it again."
 
 
 @click.command(
-    cls=options.Application,
+    cls=options.Command,
     commands={name: f"libfp.apps.ipsec.cli:{name}" for name in ("sas", "block", "release")},
     tables=TABLES,
     epilog="`fp ipsec sas [NAME]` shows the SAs of a running gateway. `fp ipsec release --config FILE` removes the "
@@ -30,9 +30,8 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
     The policies are also put into the kernel, as XFRM policies, before the first packet is taken, and stay there at
     the end: whatever gets past the fast path is dropped rather than sent in clear.
     """
-    from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
+    from libfp.apps.ipsec.gateway import Gateway, Settings
 
-    without_cores()
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Gateway(settings)

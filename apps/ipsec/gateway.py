@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from libfp import Linux, Pipeline
     from libfp.engine.application import Application
 
+__all__ = ["Gateway", "Settings"]
+
 log = logging.getLogger("libfp.ipsec")
 
 PATIENCE = 1.0  # seconds that a worker may take to see what is new
@@ -29,13 +31,21 @@ _PR_SET_DUMPABLE = 4
 
 
 class Settings(running.Settings):
-    """Options, and what the file says beside them: `config`. Raises BadInput, and has changed nothing then."""
+    """Options, and what the file says beside them: `config`. Raises BadInput, and has changed nothing then.
+
+    There are keys in this process from here on: it leaves no core.
+    """
+
+    #: Tables of the file beside its options: `tables` of `libfp.cli.options.Command`.
+    TABLES = config.TABLES
 
     config: config.Config
 
     def reread(self) -> dict[str, Any]:
+        """See `libfp.cli.running.Settings`. Raises BadInput without a file."""
         if self.file is None:
             raise BadInput("no --config", "name the file with the SAs and policies")
+        without_cores()
         told = super().reread()
         self.config = config.read(self.file)
         return told
@@ -69,6 +79,7 @@ class Gateway:
         return {"applies": self._kernel.applies, "policy_changed": self._kernel.keep, "take": take}
 
     def pipeline(self, linux: Linux) -> Pipeline:
+        """Of `stages`, over the policies as they are now."""
         from libfp import Pipeline
 
         self._kernel.keep()  # what has changed before anybody listened

@@ -10,6 +10,8 @@ import click
 
 from libfp.errors import BadInput
 
+__all__ = ["Command", "common", "offline"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 LEVELS = ("error", "warning", "info", "debug")
@@ -90,7 +92,7 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
-class Application(click.Command):
+class Command(click.Command):
     """A command that takes interfaces, and has commands of its own in the place of the first: `commands` says of each
     name where it is, as "module:attribute". `tables` is what its configuration file says beside options.
     """

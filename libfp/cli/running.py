@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from libfp import Linux, Pipeline
     from libfp.engine.application import Application
 
+__all__ = ["Settings", "run"]
+
 SHOW_EVERY = 0.1  # seconds between progress reports on a terminal
 SAY_EVERY = 100_000  # routes between those in a log, where it is not a quarter of all
 
