@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,8 +22,7 @@ from libfp.testing.netns import Lab, wait_until
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VIP, BALANCER = "10.0.1.80", "10.0.1.1"
 START = 60.0  # seconds; the first start compiles
-#: `forward` is compiled once for each program: two of them run over memory ports alone, in tests/unit, but in full.
-FULL = pytest.mark.skipif(not os.environ.get("LIBFP_FULL"), reason="LIBFP_FULL is not set")
+WATCHDOG = re.compile(r"worker \d (has stood still|moves again).*\n")  # of a busy machine
 
 
 def start(host, name, *arguments):
@@ -37,10 +36,10 @@ def start(host, name, *arguments):
 
 
 def end(process):
-    """Ctrl-C; what it said at the end. It has nothing to complain of."""
+    """Ctrl-C; what it said at the end. It has nothing to complain of but the machine."""
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, WATCHDOG.sub("", errors)) == (0, "")
     return out
 
 
@@ -104,7 +103,6 @@ def statistics(process):
         yield reader.counters
 
 
-@FULL
 @pytest.mark.timeout(120)
 def test_prefix_count_counts(net, tmp_path):
     client, router, _ = net
@@ -124,7 +122,6 @@ def test_prefix_count_counts(net, tmp_path):
     assert order.index("10.0.3.0/24") < order.index("10.0.2.0/24")
 
 
-@FULL
 @pytest.mark.timeout(120)
 def test_rate_limit_limits(net):
     client, router, _ = net

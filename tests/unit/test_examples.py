@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,33 +80,6 @@ def test_prefix_count() -> None:
     assert columns[1:] == [["1", "3", "3"], ["542", "164", "126"]]
     with pytest.raises(BadInput, match=r"prefixes:2: '10\.0\.0\.1/8'"):
         program.read(Lines(["10.3.0.0/16", "10.0.0.1/8"]))
-
-
-def test_prefix_count_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The program from its arguments to its end, with nothing below: the time passes twice, and packets with it."""
-    program, turns = example("prefix_count"), iter([True, True, False])
-    (tmp_path / "prefixes").write_text("10.0.0.0/8\n10.1.0.0/16\n")
-
-    class App:
-        def start(self, ports: Any) -> App:
-            part = program.counters.join(0)
-            part.view.add(1, 100)
-            part.view.add(2, 300)
-            return self
-
-        def wait(self, seconds: float) -> bool:
-            return next(turns)
-
-        def __enter__(self) -> App:
-            return self
-
-        def __exit__(self, *exception: object) -> None: ...
-
-    program.Linux = lambda *names: contextlib.nullcontext(SimpleNamespace(ports=names))
-    program.Pipeline, program.forward = lambda *stages: App(), lambda linux: None
-    assert run(program.main, "prefix_count.py", [str(tmp_path / "prefixes"), "eth0", "eth1"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[-2:] == [["10.1.0.0/16", "1", "300"], ["10.0.0.0/8", "1", "100"]]
 
 
 class TestMaglev:
