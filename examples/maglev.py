@@ -21,7 +21,7 @@ import click
 
 from libfp import Pipeline, stage
 from libfp.cli import run
-from libfp.ports.xdp import XdpPort
+from libfp.ports import XdpPort
 from libfp.pyxdp import Steer, look
 from libfp.stages import parse, symmetric_hash
 from libfp.tables import Array

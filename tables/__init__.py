@@ -7,6 +7,7 @@ from libfp.tables.flow import Flow, FlowCounts, FlowInfo, FlowKey, FlowPart
 from libfp.tables.flow_record import FlowEntry
 from libfp.tables.flow_view import FlowView
 from libfp.tables.hash import Hash, HashView, WideHashView
+from libfp.tables.lpm import Lpm
 from libfp.tables.lpm4 import Lpm4, Lpm4View
 from libfp.tables.lpm6 import Lpm6, Lpm6View
 from libfp.tables.per_worker import PerWorker
@@ -26,6 +27,7 @@ __all__ = [
     "FlowView",
     "Hash",
     "HashView",
+    "Lpm",
     "Lpm4",
     "Lpm4View",
     "Lpm6",

@@ -220,6 +220,9 @@ class Entry:
 
 
 def entry(function: Callable[..., Any]) -> Entry:
-    """Decorate a module-level control-plane function: compiled on its first call, cached on disk."""
+    """Decorate a module-level control-plane function: compiled on its first call, cached on disk.
+
+    For libfp's own modules: the cache knows when their sources change. The first call of another's raises TypeError.
+    """
     assert isinstance(function, FunctionType)
     return Entry(function)

@@ -101,7 +101,9 @@ def options(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile `function` for the hot path.
+    """Compile `function` for the hot path: for stages and other kernels to call, with int64 and native objects.
+
+    No object of Python's, no exception, no allocation: using one is an error when the pipeline is compiled.
 
     Never cached by itself: numba would link a stale object into a new caller. Only generated modules are cached
     (`libfp.jit.cache`), whose names are hashes of everything they reach.

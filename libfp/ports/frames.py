@@ -63,6 +63,7 @@ class OpenPort:
     resource: Any
 
     def close(self) -> None:
+        """Close the queue's socket, and what belongs to it."""
         self.resource.close()
 
 

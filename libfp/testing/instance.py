@@ -20,6 +20,8 @@ from libfp.engine.stats import Counters, StatsReader, attach, instances
 from libfp.errors import NoSuchInstance
 from libfp.testing.netns import Host
 
+__all__ = ["Instance"]
+
 NICE = -15
 
 
@@ -75,6 +77,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self.process.pid
 
     @property
@@ -85,6 +88,7 @@ class Instance:
 
     @property
     def counters(self) -> Counters:
+        """Its counters now."""
         return self._reader.counters()
 
     @property
@@ -120,6 +124,7 @@ class Instance:
         return self.process.wait(20)
 
     def kill(self) -> None:
+        """SIGKILL it, and wait for its end. May be called again."""
         self.process.kill()
         self.process.wait(10)
 

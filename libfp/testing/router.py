@@ -1,11 +1,11 @@
 """`fp router`, or another application, between namespaces: the process, the network around it, and what it could have
 left behind.
 
-with Lab() as lab:
-    net = Crossroads(lab)
-    with RouterProcess(net.router, "r0", "r1", "r2") as router:
-        assert net.client.ping(net.SERVER).received == 3
-        assert router.counters().forwarded
+    with Lab() as lab:
+        net = Crossroads(lab)
+        with RouterProcess(net.router, "r0", "r1", "r2") as router:
+            assert net.client.ping(net.SERVER).received == 3
+            assert router.counters().forwarded
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from libfp import Pipeline
 from libfp.cli import run
 from libfp.errors import BadInput
 from libfp.stages import parse
-from libfp.testing import ethernet, ipv4, tcp, udp
+from libfp.testing import ethernet, icmp_error, ipv4, tcp, udp
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -133,6 +133,14 @@ class TestMaglev:
             for offset in (0, 64)
         ]
         assert len({outcome.frame[:6] for outcome in pipeline.run_once(fragments)}) == 1, "all of a datagram meet"
+        for port in range(1000, 1020):
+            there = tcp(src="198.51.100.1", sport=port, dst="192.0.2.80", dport=80)
+            back = tcp(src="192.0.2.80", sport=80, dst="198.51.100.1", dport=port)
+            error = icmp_error(back, src="203.0.113.1", dst="192.0.2.80")
+            one, two = pipeline.run_once([there, error])
+            assert one.frame[:6] == two.frame[:6], "the error about an answer comes to who gave it"
+        packets = [udp(src="2001:db8:1::2", sport=port, dst="2001:db8::80") for port in range(20)]
+        assert set(pipeline.run_once(packets)) == {"forward"}
 
 
 @pytest.mark.parametrize("name", ["deny", "rate_limit", "prefix_count", "maglev"])
