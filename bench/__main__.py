@@ -53,7 +53,7 @@ def parser() -> Parser:
     made.add_argument("--rounds", type=_positive, help="rounds a case, instead of its own number")
     made.add_argument("--case", dest="only", help="only the cases whose name holds this text")
     made.add_argument("--cores", type=cores, help="for scaling: cores of the workers, such as 0-3,8 [all there are]")
-    made.add_argument("--isolated", action="store_true", help="for scaling: workers as processes that share nothing, too")
+    made.add_argument("--isolated", action="store_true", help="for scaling: workers that share nothing, too")
     return made
 
 

@@ -187,7 +187,7 @@ class Team:
             for one in cores:
                 asked = {"cores": list(one), "rate": rate, "routes": routes, "leaders": leaders, "isolated": isolated}
                 self._processes.append(self._start(asked))
-            self.about = [self._hear(process) for process in self._processes][0]
+            self.about = [self._hear(process) for process in self._processes][-1]
         except BaseException:
             self.close()
             raise

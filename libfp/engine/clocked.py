@@ -87,23 +87,22 @@ def port_is_done(context: Context, port: int, tap: int, count: int) -> None:
 
 @kernel
 def turn_ends(context: Context, tap: int, idle: int, received: int) -> None:
-    """System calls may have been made. `idle`: how many turns before this have brought nothing."""
+    """System calls may have been made, for several ports at once. `idle`: how many turns before this have brought nothing."""
     kicked, waste = tap_lap(tap), load64(tap + _WASTE)
     between, drained, updates = load64(tap + _BETWEEN), load64(tap + _DRAINED), load64(tap + _UPDATES)
-    if received != 0 or _calls(context) != load64(tap + _CALLS):
+    if _calls(context) != load64(tap + _CALLS):
         tap_charge(tap, SYSTEM_CALLS, kicked, 0)
-    else:
-        waste += kicked
+        kicked = 0
     if idle != 0:  # it may have slept
         waste += between
         between = 0
     if received != 0 or updates != 0:
-        tap_charge(tap, COUNTERS, between, received)
+        tap_charge(tap, COUNTERS, between + kicked, received)
         tap_charge(tap, MAILBOX, drained, updates)
         tap_charge(tap, HAND_OFF, load64(tap + _HANDED), 0)
         tap_charge(tap, EACH_TURN, load64(tap + _TURNED), 0)
     else:
-        waste += between + drained + load64(tap + _HANDED) + load64(tap + _TURNED)
+        waste += between + kicked + drained + load64(tap + _HANDED) + load64(tap + _TURNED)
     tap_charge(tap, IDLE, waste, 0)
 
 

@@ -1,8 +1,9 @@
 """Taps: what a worker shows of its packets, and of its time, while somebody looks.
 
-A worker looks at one word of its own a turn and a burst. It is 0 while nobody looks; else the address of a block that says where
-to: rings of slots, one slot for each packet (see `libfp.engine.slots`), each with one reader, and a page in which the
-clock's ticks are summed by stage and by part of the loop. A ring that has no room for a whole burst loses it, and counts that.
+A worker looks at one word of its control line a turn. It is 0 while nobody looks; else the address of a block that says
+where to: rings of slots, one slot for each packet (see `libfp.engine.slots`), each with one reader, and a page in which
+the clock's ticks are summed by stage and by part of the loop. A ring that has no room for a whole burst loses it, and
+counts that.
 
 The control plane makes a new block whenever a reader comes or goes and stores its address in the worker's control
 line. The worker takes it over between two bursts, in a word of its own: a block that this word no longer names, or
