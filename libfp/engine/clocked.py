@@ -26,7 +26,7 @@ from libfp.engine.tap import (
 from libfp.jit import kernel, load64, store64
 from libfp.packet.burst import BURST, Burst
 
-_BETWEEN, _DRAINED, _UPDATES, _HANDED, _TURNED, _WASTE, _RECLAIMED, _CALLS = range(SCRATCH, SCRATCH + 64, 8)
+_BETWEEN, _DRAINED, _UPDATES, _HANDED, _TURNED, _WASTE, _RECLAIMED, _CALLS, _KICKED = range(SCRATCH, SCRATCH + 72, 8)
 
 
 @kernel
@@ -42,6 +42,7 @@ def turn_begins(context, mailbox, tap, budget):  # type: ignore[no-untyped-def]
     store64(tap + _CALLS, _calls(context))
     store64(tap + _HANDED, 0)
     store64(tap + _TURNED, 0)
+    store64(tap + _KICKED, 0)
 
 
 @kernel
@@ -86,23 +87,29 @@ def port_is_done(context: Context, port: int, tap: int, count: int) -> None:
 
 
 @kernel
+def kicked(tap: int) -> None:
+    """The kernel has been called for a port, if that asked for it."""
+    store64(tap + _KICKED, load64(tap + _KICKED) + tap_lap(tap))
+
+
+@kernel
 def turn_ends(context: Context, tap: int, idle: int, received: int) -> None:
-    """System calls may have been made, for several ports at once. `idle`: how many turns before this have brought nothing."""
-    kicked, waste = tap_lap(tap), load64(tap + _WASTE)
+    """All has been done. `idle`: how many turns before this have brought nothing."""
+    called, waste = load64(tap + _KICKED) + tap_lap(tap), load64(tap + _WASTE)
     between, drained, updates = load64(tap + _BETWEEN), load64(tap + _DRAINED), load64(tap + _UPDATES)
     if _calls(context) != load64(tap + _CALLS):
-        tap_charge(tap, SYSTEM_CALLS, kicked, 0)
-        kicked = 0
+        tap_charge(tap, SYSTEM_CALLS, called, 0)
+        called = 0
     if idle != 0:  # it may have slept
         waste += between
         between = 0
     if received != 0 or updates != 0:
-        tap_charge(tap, COUNTERS, between + kicked, received)
+        tap_charge(tap, COUNTERS, between + called, received)
         tap_charge(tap, MAILBOX, drained, updates)
         tap_charge(tap, HAND_OFF, load64(tap + _HANDED), 0)
         tap_charge(tap, EACH_TURN, load64(tap + _TURNED), 0)
     else:
-        waste += between + kicked + drained + load64(tap + _HANDED) + load64(tap + _TURNED)
+        waste += between + called + drained + load64(tap + _HANDED) + load64(tap + _TURNED)
     tap_charge(tap, IDLE, waste, 0)
 
 

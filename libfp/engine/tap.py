@@ -52,8 +52,8 @@ log = logging.getLogger("libfp.tap")
 _RINGS, _PAGE, _STAMP, _BEGAN, _COUNT, _ORDER = 0, 8, 16, 24, 32, 64
 # Then 64 bytes for each ring: address, slots - 1, bytes a slot, bytes of a packet, stages; and, the worker's own, how
 # many slots this burst has in it, and from which index on.
-SCRATCH = _ORDER + 4 * BURST  # 64 bytes of the worker's, see `libfp.engine.clocked`
-_FIRST, _ENTRY = SCRATCH + 64, 64
+SCRATCH = _ORDER + 4 * BURST  # 128 bytes of the worker's, see `libfp.engine.clocked`
+_FIRST, _ENTRY = SCRATCH + 128, 64
 _AT, _MASK, _STRIDE, _SNAP, _STAGES, _TAKEN, _OWN = range(0, 56, 8)
 MOST_RINGS = 8
 _BLOCK = _FIRST + MOST_RINGS * _ENTRY

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ctypes import c_int, c_long, c_size_t, c_ssize_t, c_void_p
 
 import numpy as np
@@ -28,10 +27,9 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE_PAGE = 2 << 20
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
-_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x20, 0x4000
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
 _MADV_HUGEPAGE = 14
 _MAP_FAILED = (1 << 64) - 1
-_sharing = _MAP_PRIVATE  # of the arenas to come
 
 # Known regions, sorted by start: starts and ends, replaced together so that another thread never sees half a change.
 _known: tuple[list[int], list[int]] = ([], [])
@@ -83,17 +81,6 @@ def known() -> set[tuple[int, int]]:
     return set(zip(starts, ends, strict=True))
 
 
-@contextlib.contextmanager
-def shared_with_children() -> Iterator[None]:
-    """Arenas made in this block are shared with processes forked later, which otherwise get copies."""
-    global _sharing
-    before, _sharing = _sharing, _MAP_SHARED
-    try:
-        yield
-    finally:
-        _sharing = before
-
-
 def _change(edit: Callable[[list[int], list[int]], None]) -> None:
     global _known
     with _lock:
@@ -129,9 +116,9 @@ def check(address: int, size: int) -> None:
         raise IndexError(f"{size} bytes at {address:#x} are outside every registered region")
 
 
-def protect(address: int, size: int, *, readable: bool = False) -> None:
-    """Make whole pages unreadable, or `readable` alone: a guard inside an arena, which goes when the arena does."""
-    if _mprotect(address, size, _PROT_READ if readable else _PROT_NONE):
+def protect(address: int, size: int) -> None:
+    """Make whole pages unreadable: a guard inside an arena, which goes when the arena does."""
+    if _mprotect(address, size, _PROT_NONE):
         raise MemoryError(f"cannot protect {size} bytes at {address:#x}")
 
 
@@ -155,7 +142,7 @@ class Arena:
         align = HUGE_PAGE if huge else PAGE
         room = -(-size // align) * align
         total = room + 2 * PAGE + (align - PAGE)
-        start = _mmap(None, total, _PROT_NONE, _sharing | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        start = _mmap(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
         if start == _MAP_FAILED:
             raise MemoryError(f"cannot map {total} bytes")
         base = -(-(start + PAGE) // align) * align
