@@ -1,9 +1,9 @@
 """The full forwarding loop with 1 to N workers, beside as many processes of one worker each, on the same cores.
 
-Both sides run the same loop on memory ports over the full table, while routes change; each worker plays the far end of
-its ports itself, and what that takes is in nobody's time. Two processes share nothing that libfp could have made them
-share: what they lose to each other is the machine's (cache, memory, frequency, sibling threads). What N workers lose
-beyond that is libfp's.
+Both sides run the same loop on memory ports over the full table, while routes change. Each worker plays the far end of
+its ports itself; what that takes, and what other threads of its core do, is in nobody's time. Processes share nothing
+that libfp could have made them share: what they lose to each other is the machine's (cache, memory, frequency, sibling
+threads). What N workers lose beyond that is libfp's.
 """
 
 from __future__ import annotations

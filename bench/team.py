@@ -77,17 +77,24 @@ def share(app: Application, leaders: Sequence[int]) -> None:
             store64(own._cell[id(table)], load64(lead._cell[id(table)]))
 
 
+def _rate(before: Reading, after: Reading, ran: float) -> float:
+    """Mpps of a worker in its own time: without the far end's, and without that in which others had its core."""
+    there = min(ran / max((after.stamp - before.stamp) / clock_hz(), 1e-9), 1.0)
+    return 1e-6 * (after.packets - before.packets) / (max(after.worked - before.worked, 1) * there / clock_hz())
+
+
 class Running:
     """A bed with its workers on `cores`; `rate` route changes a second. Inside the process that is measured."""
 
     def __init__(self, bed: Bed, cores: list[int], *, rate: int, leaders: Sequence[int] | None, isolated: bool) -> None:
-        self.bed, self.rate, self.kind = bed, rate, Application
+        self.bed, self.rate, self.isolated = bed, rate, isolated
+        kind = Application
         if isolated:
             from libfp.testing.isolation import IsolatedApplication
 
-            self.kind = IsolatedApplication
+            kind = IsolatedApplication
         bed.changes.make()  # compiles
-        self.app = self.kind(bed.pipeline, bed.ports, cores)
+        self.app = kind(bed.pipeline, bed.ports, cores)
         self._ended = threading.Event()
         self._control = threading.Thread(target=self._change, daemon=True)
         self.app.start()
@@ -110,19 +117,23 @@ class Running:
         """What each worker does between two points in time (of the monotonic clock)."""
         copies = [worker.state.replicas.copies for worker in self.app.workers]
         time.sleep(max(begin - time.monotonic(), 0))
-        before, made, used = self.read(), self.bed.changes.made, time.process_time()
+        before, ran, made, used = self.read(), self._ran(), self.bed.changes.made, time.process_time()
         time.sleep(max(begin + seconds - time.monotonic(), 0))
-        after = self.read()
-        rates = [
-            1e-6 * (b.packets - a.packets) * clock_hz() / max(b.worked - a.worked, 1)
-            for a, b in zip(before, after, strict=True)
-        ]
+        after, ran_since, used_since = self.read(), self._ran(), time.process_time()
+        if failed := next((worker.error for worker in self.app.workers if worker.error), None):
+            raise Error(str(failed))
         if (now := [worker.state.replicas.copies for worker in self.app.workers]) != copies:
             raise Error(f"replicas were copied afresh ({copies}, {now}): not every change came by the log")
-        passed = max((b.stamp - a.stamp) / clock_hz() for a, b in zip(before, after, strict=True))
-        control = time.process_time() - used - passed * len(rates)
-        changes = (self.bed.changes.made - made) / seconds
-        return {"Mpps": rates, "changes": changes, "control": control / seconds}
+        ran = [b - a for a, b in zip(ran, ran_since, strict=True)]
+        rates = [_rate(*both, time_ran) for *both, time_ran in zip(before, after, ran, strict=True)]
+        control = used_since - used - (0 if self.isolated else sum(ran))
+        changes = self.bed.changes.made - made
+        return {"Mpps": rates, "changes": changes / seconds, "control": control / seconds}
+
+    def _ran(self) -> list[float]:
+        """Seconds of processor time that each worker has had: clock_getcpuclockid(3), of a thread or a process."""
+        threads = [worker["thread"] for worker in self.app.counters.workers]
+        return [time.clock_gettime(~number << 3 | (2 if self.isolated else 6)) for number in threads]
 
     def profile(self, begin: float, seconds: float) -> dict[str, Any]:
         """`Stopwatch.lap` over that time."""

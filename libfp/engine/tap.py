@@ -74,13 +74,23 @@ def retap(context: Context) -> int:
 
 
 @kernel
+def showing(context: Context) -> int:
+    """The block by which packets are shown; 0 where there is none, or where it is but for the clock."""
+    record = load64(context.at + RECORD)
+    if unlikely(record != 0) and load64(record + _RINGS) == 0:
+        return 0
+    return record
+
+
+@kernel
 def tap_begin(tap: int, burst: Burst) -> None:
     """A burst has come in: a slot for each of its packets in each ring."""
     if load64(burst.at + LENDER) != 0:  # it came by a lane
         tap_charge(tap, HAND_OFF, tap_lap(tap), burst.count)
     n, now = burst.count, clock()
-    for i in range(n):
-        store32(tap + _ORDER + 4 * i, i)
+    if load64(tap + _RINGS) != 0:
+        for i in range(n):
+            store32(tap + _ORDER + 4 * i, i)
     for entry in range(tap + _FIRST, tap + _FIRST + _ENTRY * load64(tap + _RINGS), _ENTRY):
         at, mask = load64(entry + _AT), load64(entry + _MASK)
         own = load32(at + slots.PRODUCER)
