@@ -123,9 +123,9 @@ def run(
                 with ExitStack() as watching:
                     watch = _stopwatch(app, watching) if settings.profile else None
                     service.run(app, say.forwarding(app, linux), lambda: linux.synced, lambda: say.ready(app, linux))
-                    say.end(app)
                     if watch is not None:
                         say.profile(app, watch.total())
+                    say.end(app)
 
 
 def _stopwatch(app: Application, undo: ExitStack) -> Stopwatch:
