@@ -70,7 +70,7 @@ def share(app: Application, leaders: Sequence[int]) -> None:
     for worker, leader in zip(app.workers, leaders, strict=True):
         own, lead = worker.state.replicas, app.workers[leader].state.replicas
         if own is lead:
-            own.passed = lambda table, mark: False  # type: ignore[method-assign]
+            own.passed = lambda table, mark: False
             continue
         for table in own.tables:
             table.unsubscribe(own)
@@ -125,7 +125,7 @@ class Running:
         if (now := [worker.state.replicas.copies for worker in self.app.workers]) != copies:
             raise Error(f"replicas were copied afresh ({copies}, {now}): not every change came by the log")
         ran = [b - a for a, b in zip(ran, ran_since, strict=True)]
-        rates = [_rate(*both, time_ran) for *both, time_ran in zip(before, after, ran, strict=True)]
+        rates = [_rate(a, b, share) for a, b, share in zip(before, after, ran, strict=True)]
         control = used_since - used - (0 if self.isolated else sum(ran))
         changes = self.bed.changes.made - made
         return {"Mpps": rates, "changes": changes / seconds, "control": control / seconds}

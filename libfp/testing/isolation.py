@@ -76,7 +76,7 @@ def share(span: Span) -> None:
     if _libc.mmap(start, end - start, _READ_WRITE, _SHARED_FIXED_ANONYMOUS, -1, 0) != start:
         raise MemoryError(f"cannot share {end - start} bytes at {start:#x}")
     for at, data in kept.items():
-        _memory.view(at, len(data))[:] = memoryview(data)
+        _memory.view(at, len(data))[:] = data.tobytes()
 
 
 def writable() -> Iterator[Span]:
