@@ -135,12 +135,18 @@ def _shared(sides: Sides, together: Team, cores: list[int], undo: ExitStack) -> 
 
 
 def table(curve: dict[int, tuple[list[float], list[float]]]) -> str:
-    """The raw curve: medians by workers."""
-    rows = ["workers  Mpps together  in processes  ratio  of 1 worker's"]
-    first = None
-    for count, (ours, theirs) in curve.items():
-        if ours[1:] and theirs[1:]:
-            one, many = statistics.median(ours[1:]), statistics.median(theirs[1:])
-            first = first or one / count
-            rows.append(f"{count:7}  {one:13.2f}  {many:12.2f}  {one / many:5.3f}  {one / first:13.2f}")
+    """The raw curve: medians by workers; "of one" is how many times what one worker does, and bars show it."""
+    medians = {
+        count: tuple(statistics.median(side[1:]) for side in sides)  # the first round is not counted
+        for count, sides in curve.items()
+        if all(side[1:] for side in sides)
+    }
+    if not medians:
+        return ""
+    most = max(max(both) for both in medians.values())
+    first, (one, _) = next(iter(medians.items()))
+    rows = ["workers  Mpps together  of one  in processes  ratio"]
+    for count, (ours, theirs) in medians.items():
+        bar, times = "=" * round(40 * ours / most), ours / one * first
+        rows.append(f"{count:7}  {ours:13.2f}  {times:6.2f}  {theirs:12.2f}  {ours / theirs:5.3f}  {bar}")
     return "\n".join(rows)

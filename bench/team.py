@@ -72,8 +72,9 @@ def share(app: Application, leaders: Sequence[int]) -> None:
         if own is lead:
             own.passed = lambda table, mark: False
             continue
+        own.deliver = lambda table, log, count: None
+        own.refresh = lambda table: None
         for table in own.tables:
-            table.unsubscribe(own)
             store64(own._cell[id(table)], load64(lead._cell[id(table)]))
 
 

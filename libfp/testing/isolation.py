@@ -41,6 +41,8 @@ from libfp.jit.libc import address_of
 from libfp.jit.memory import PAGE
 from libfp.jit.policy import kernel
 
+__all__ = ["IsolatedApplication", "IsolatedWorker"]
+
 log = logging.getLogger("libfp.testing")
 
 _libc = ctypes.CDLL(None, use_errno=True)
