@@ -13,8 +13,7 @@ from libfp import Pipeline, stage
 from libfp.errors import BadInput, Error
 from libfp.jit import BOUNDSCHECK, INTERPRETED, Arena, load16be, load64, native, store64, word
 from libfp.ports.memory import MemoryPort
-from libfp.stages import by_flow
-from libfp.tables import Hash
+from libfp.stages import Forward, Routes, by_flow, forward, parse
 from libfp.testing import udp, wait_until
 from libfp.testing.isolation import IsolatedApplication, without
 
@@ -35,15 +34,8 @@ class Places:
 
 
 @stage
-def read(packet, blocked):  # type: ignore[no-untyped-def]
-    packet.mark = load16be(packet.data + 36)  # the destination port
-    if packet.mark in blocked:
-        packet.drop("denied")
-
-
-@stage
 def do(packet, places):  # type: ignore[no-untyped-def]
-    what = packet.mark
+    what = load16be(packet.data + 36)  # the destination port
     if what == WRITES_UNDECLARED:
         store64(places.undeclared, load64(places.undeclared) + 1)
     if what == READS_PYTHONS:
@@ -60,9 +52,8 @@ class Bed:
 
     def __init__(self) -> None:
         self.undeclared, self.declared, self.array = Arena(64), Arena(64), np.zeros(1 << 16, np.int64)
-        self.blocked = Hash(key="u64", capacity=64)
         places = Places(self.undeclared.address, self.array.ctypes.data, self.declared.address)
-        self.pipeline = Pipeline(read(self.blocked), do(places))
+        self.pipeline = Pipeline(do(places))
 
 
 @pytest.fixture(scope="module")
@@ -83,28 +74,33 @@ def send(app: IsolatedApplication, what: int, worker: int) -> None:
     assert app.ports[0].inject([udp(dport=what, payload=b"x" * 32)], worker)
 
 
-def test_each_forwards_by_its_own_and_follows_the_control_plane(
-    bed: Bed, start: Callable[[], IsolatedApplication]
-) -> None:
-    app = start()
-    pids = {worker.process for worker in app.workers}  # type: ignore[attr-defined]
-    assert len(pids | {os.getpid()}) == len(CORES) + 1, "each is a process of its own"
-    for worker in range(len(CORES)):
-        send(app, HONEST, worker)
-        send(app, READS_DECLARED, worker)
-    wait_until(lambda: app.counters.forwarded == 2 * len(CORES), what="forwarded")
-    bed.blocked[HONEST] = 1
-    try:
-        wait_until(lambda: all(one.state.replicas.acknowledged() for one in app.workers), what="the change everywhere")
+def test_the_routers_workers_need_what_is_their_own_and_declared_and_nothing_else() -> None:
+    """Routes change meanwhile; and one worker starts anew. With a full table at full rate: bench scaling --isolated."""
+    routes = Routes(routes=1000, next_hops=16)
+    hop = routes.next_hops.add(Forward(1, b"\x02\0\0\0\0\2", b"\x02\0\0\0\0\1", 1500))
+    routes.fib["198.51.100.0/24"] = hop
+    ports = [MemoryPort("a", ring_size=64), MemoryPort("b", ring_size=64)]
+
+    def each_forwards(app: IsolatedApplication, destination: str) -> None:
+        before = app.counters.forwarded
         for worker in range(len(CORES)):
-            send(app, HONEST, worker)
-        wait_until(lambda: app.counters["denied"] == len(CORES), what="denied")
-    finally:
-        bed.blocked.clear()
-    app.workers[0].restart()
-    send(app, HONEST, 0)
-    wait_until(lambda: app.counters.forwarded == 2 * len(CORES) + 1, what="forwarded after a restart")
-    app.stop()
+            assert ports[0].inject([udp(dst=destination)] * 3, worker)
+        wait_until(lambda: app.counters.forwarded == before + 3 * len(CORES), what=f"packets to {destination}")
+        assert {len(ports[1].collect(worker)) for worker in range(len(CORES))} == {3}
+
+    with IsolatedApplication(Pipeline(parse, forward(routes)), ports, CORES).start() as app:
+        pids = {worker.process for worker in app.workers}  # type: ignore[attr-defined]
+        assert len(pids | {os.getpid()}) == len(CORES) + 1, "each is a process of its own"
+        each_forwards(app, "198.51.100.7")
+        assert hop in routes.next_hops.used()
+        while routes.next_hops.used():  # the control plane's own word, which each of them reads
+            pass
+        routes.fib["203.0.113.0/24"] = hop
+        wait_until(lambda: all(one.state.replicas.acknowledged() for one in app.workers), what="the route everywhere")
+        each_forwards(app, "203.0.113.7")
+        app.workers[0].restart()
+        each_forwards(app, "203.0.113.8")
+        assert hop in routes.next_hops.used()
     assert [worker.error for worker in app.workers] == [None] * len(CORES), "their loops have ended, no more"
 
 
