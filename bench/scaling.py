@@ -8,6 +8,7 @@ threads). What N workers lose beyond that is libfp's.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -144,9 +145,9 @@ def table(curve: dict[int, tuple[list[float], list[float]]]) -> str:
     if not medians:
         return ""
     most = max(max(both) for both in medians.values())
-    first, (one, _) = next(iter(medians.items()))
+    one = medians[1][0] if 1 in medians else math.nan
     rows = ["workers  Mpps together  of one  in processes  ratio"]
     for count, (ours, theirs) in medians.items():
-        bar, times = "=" * round(40 * ours / most), ours / one * first
+        bar, times = "=" * round(40 * ours / most), ours / one
         rows.append(f"{count:7}  {ours:13.2f}  {times:6.2f}  {theirs:12.2f}  {ours / theirs:5.3f}  {bar}")
     return "\n".join(rows)

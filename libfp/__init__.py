@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from libfp.errors import PeerGone as PeerGone
     from libfp.errors import PeerLied as PeerLied
     from libfp.errors import PolicyConflict as PolicyConflict
+    from libfp.errors import StageError as StageError
     from libfp.errors import TableFull as TableFull
     from libfp.errors import UnsuitableInterface as UnsuitableInterface
     from libfp.errors import Unsupported as Unsupported
@@ -50,6 +51,7 @@ _ERRORS = (
     "PeerGone",
     "PeerLied",
     "PolicyConflict",
+    "StageError",
     "TableFull",
     "UnsuitableInterface",
     "Unsupported",

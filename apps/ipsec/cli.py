@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from libfp.cli import options, running
-from libfp.errors import BadInput
 
 TABLES = ("sa", "policy", "default", "state")  # as in config.py, which loads more than a --help should
 NEEDS = "The SAs and policies (and options) as TOML; SIGHUP reads it again."
@@ -31,10 +30,9 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
     The policies are also put into the kernel, as XFRM policies, before the first packet is taken, and stay there at
     the end: whatever gets past the fast path is dropped rather than sent in clear.
     """
-    if config is None:
-        raise BadInput("no --config", "name the file with the SAs and policies")
-    from libfp.apps.ipsec.gateway import Gateway, Settings
+    from libfp.apps.ipsec.gateway import Gateway, Settings, without_cores
 
+    without_cores()
     settings = Settings(context, config, given)
     settings.require_interfaces()
     gateway = Gateway(settings)

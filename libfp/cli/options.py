@@ -44,6 +44,8 @@ def common(application: str, config: str = "Read options from a TOML file; SIGHU
         click.option(
             "--idle", type=click.Choice(["park", "spin"]), default="park", help="What a worker without packets does."
         ),
+        # A proof: seccomp kills a worker that makes a system call, even to end. With --kick helper --idle spin.
+        click.option("--sealed", is_flag=True, hidden=True),
         click.option("--only", multiple=True, metavar="PREFIX", help="Take only packets to PREFIX; may be repeated."),
         click.option(
             "--mode",

@@ -113,9 +113,9 @@ def run(
             interrupts.check()
             made = pipeline(linux)
             say("compiling the pipeline (seconds at first, then from the cache)")
-            options = {"kick": settings.kick, "idle": settings.idle, "frame_size": linux.frame_size}
+            options = {"kick": settings.kick, "idle": settings.idle, "sealed": settings.sealed}
             name = settings.name or f"{command}-{os.getpid()}"
-            with made.start(linux.ports, settings.cores, name=name, **options) as app:
+            with made.start(linux.ports, settings.cores, name=name, frame_size=linux.frame_size, **options) as app:
                 interrupts.check()
                 service.reload = lambda: _reload(command, settings, linux, reload)
                 started(app, linux)

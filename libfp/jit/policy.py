@@ -35,7 +35,13 @@ _OPTIONS: dict[str, Any] = {
 
 
 class _InnerLibrary(JITCodeLibrary):
-    """The code of a function that only compiled code calls: LLVM's own, to be linked into that of its callers."""
+    """The code of a function that only compiled code calls: LLVM's own, to be linked into that of its callers.
+
+    It is optimised once, there: numba would optimise it, with all that it calls, and then again in each caller.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
 
     def get_pointer_to_function(self, name: str) -> int:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from libfp.testing.netns import Lab, wait_until
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VIP, BALANCER = "10.0.1.80", "10.0.1.1"
 START = 60.0  # seconds; the first start compiles
+#: `forward` is compiled once for each program: two of them run over memory ports alone, in tests/unit, but in full.
+FULL = pytest.mark.skipif(not os.environ.get("LIBFP_FULL"), reason="LIBFP_FULL is not set")
 
 
 def start(host, name, *arguments):
@@ -101,6 +104,7 @@ def statistics(process):
         yield reader.counters
 
 
+@FULL
 @pytest.mark.timeout(120)
 def test_prefix_count_counts(net, tmp_path):
     client, router, _ = net
@@ -118,6 +122,20 @@ def test_prefix_count_counts(net, tmp_path):
     assert rows["10.0.0.0/8"][0] >= "10"  # and ICMP errors about it
     order = [name for name in rows if name.startswith("10.")]
     assert order.index("10.0.3.0/24") < order.index("10.0.2.0/24")
+
+
+@FULL
+@pytest.mark.timeout(120)
+def test_rate_limit_limits(net):
+    client, router, _ = net
+    process = start(router, "rate_limit.py", "10", "eth0", "eth1")
+    with statistics(process) as counters:
+        assert client.ping("10.0.2.2", 40, interval=0.001, timeout=0.2).received <= 10
+        assert counters()["over-rate"] >= 30
+        wait_until(lambda: client.ping("10.0.2.2", 1, timeout=0.2).received, 5, "credit")
+    said = end(process).splitlines()
+    assert said[0].endswith(" packets dropped")
+    assert said[1].split()[1] == "10.0.1.2"
 
 
 def serve(listener, name):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +84,33 @@ def test_prefix_count() -> None:
         program.read(Lines(["10.3.0.0/16", "10.0.0.1/8"]))
 
 
+def test_prefix_count_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The program from its arguments to its end, with nothing below: the time passes twice, and packets with it."""
+    program, turns = example("prefix_count"), iter([True, True, False])
+    (tmp_path / "prefixes").write_text("10.0.0.0/8\n10.1.0.0/16\n")
+
+    class App:
+        def start(self, ports: Any) -> App:
+            part = program.counters.join(0)
+            part.view.add(1, 100)
+            part.view.add(2, 300)
+            return self
+
+        def wait(self, seconds: float) -> bool:
+            return next(turns)
+
+        def __enter__(self) -> App:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+    program.Linux = lambda *names: contextlib.nullcontext(SimpleNamespace(ports=names))
+    program.Pipeline, program.forward = lambda *stages: App(), lambda linux: None
+    assert run(program.main, "prefix_count.py", [str(tmp_path / "prefixes"), "eth0", "eth1"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2:] == [["10.1.0.0/16", "1", "300"], ["10.0.0.0/8", "1", "100"]]
+
+
 class TestMaglev:
     NAMES = ("10.0.1.11", "10.0.1.12", "10.0.1.13", "10.0.1.14", "10.0.1.15")
 
@@ -143,13 +172,14 @@ class TestMaglev:
         assert set(pipeline.run_once(packets)) == {"forward"}
 
 
-@pytest.mark.parametrize("name", ["deny", "rate_limit", "prefix_count", "maglev"])
+@pytest.mark.parametrize("name", ["deny", "rate_limit", "prefix_count", "maglev", "gateway"])
 def test_what_goes_wrong_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prefixes").write_text("10.0.0.0/8\n10.0.0.0/33\n")
     wrong = {
         "deny": [["none0"]],
         "rate_limit": [["10", "none0"]],
         "prefix_count": [[str(tmp_path / "prefixes"), "none0"], ["/dev/null", "none0"]],
+        "gateway": [["none0", "none1", "--config", str(tmp_path / "no.toml")], ["none0", "none1"]],
         "maglev": [["-i", "none0", "192.0.2.80", "10.0.0.1"], ["-i", "lo", "192.0.2", "10.0.0.1"]],
     }
     program = example(name)
@@ -160,7 +190,7 @@ def test_what_goes_wrong_is_one_line(name: str, tmp_path: Path, capsys: pytest.C
         assert err.startswith(f"{name}.py: ")
         assert err.count("\n") == 1
     assert run(program.main, f"{name}.py", []) == 2
-    assert "Missing" in capsys.readouterr().err
+    assert ("no --config" if name == "gateway" else "Missing") in capsys.readouterr().err
 
 
 def test_help_is_the_program_s_own_text() -> None:
