@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
+import inspect
 import signal
 import sys
-
-import click
+from typing import Any, NoReturn
 
 from bench import report
 from bench.harness import run
@@ -26,41 +27,85 @@ BENCHES = {
     "lpm4": "IPv4 lookups and the bulk build, beside rte_lpm and rte_fib",
     "lpm6": "IPv6 lookups, beside rte_fib6",
     "ring": "rings between two cores, beside DPDK's rte_ring",
+    "scaling": "the forwarding loop with 1 to N workers, beside N processes of one worker",
     "start": "from the command to the first forwarded packet, and to `fp --help`",
     "sync": "a full table in the kernel, taken in by the mirror, beside pyroute2",
     "veth": "forwarding through AF_XDP on veth, beside testpmd and Linux itself",
+    "walk": "nanoseconds a packet of each part of the loop, from inside the loop",
 }
 
 
-@click.command()
-@click.argument("names", nargs=-1, metavar="[report] [NAME]...")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds a case, instead of its own number.")
-@click.option("--case", "only", help="Only the cases whose name holds this text.")
-def main(names: tuple[str, ...], rounds: int | None, only: str | None) -> None:
-    """Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything.
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all commands of libfp."""
 
-    After `report` they are kept, too, and docs/bench.md is written from all that are.
-    """
-    reporting, names = names[:1] == ("report",), names[names[:1] == ("report",) :]
-    if reporting and only:
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message, "python -m bench --help")
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m bench",
+        description="Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything.",
+        epilog="After `report` they are kept, too, and docs/bench.md is written from all that are. Benches: "
+        + "; ".join(f"{name}: {what}" for name, what in BENCHES.items()),
+    )
+    made.add_argument("names", nargs="*", metavar="[report] [NAME]...")
+    made.add_argument("--rounds", type=_positive, help="rounds a case, instead of its own number")
+    made.add_argument("--case", dest="only", help="only the cases whose name holds this text")
+    made.add_argument("--cores", type=cores, help="for scaling: cores of the workers, such as 0-3,8 [all there are]")
+    made.add_argument("--isolated", action="store_true", help="for scaling: workers that share nothing, too")
+    return made
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def cores(text: str) -> list[int]:
+    """A list of cores: ``2``, ``2,3`` or ``2-5``."""
+    found = list[int]()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benches that the command line names; see `parser`."""
+    given = parser().parse_args(arguments)
+    reporting, names = given.names[:1] == ["report"], given.names[given.names[:1] == ["report"] :]
+    if reporting and given.only:
         raise BadInput("a report is of whole benches", "leave --case out")
     for name in names:
         if name not in BENCHES:
             raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
     for name in names or BENCHES:
-        with contextlib.closing(importlib.import_module(f"bench.{name}").cases()) as cases:  # what they use goes, too
-            results = list(run((case for case in cases if only is None or only in case.case), rounds))
+        module = importlib.import_module(f"bench.{name}")
+        with contextlib.closing(module.cases(**_options(module, given, names))) as cases:  # what they use goes, too
+            wanted = (case for case in cases if given.only is None or given.only in case.case)
+            results = list(run(wanted, given.rounds))
         if reporting:
             report.keep(name, results)
             report.write(BENCHES)
 
 
+def _options(module: Any, given: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Those of the options that the bench takes. Raises BadInput for one that it is asked to take and does not."""
+    told = {name: getattr(given, name) for name in ("cores", "isolated") if getattr(given, name)}
+    taken = {name: value for name, value in told.items() if name in inspect.signature(module.cases).parameters}
+    if names and taken != told:
+        raise BadInput(f"--{min(told.keys() - taken)} says nothing to {module.__name__}", "it is scaling's")
+    return taken
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a bench has set up is removed then, too
     try:
-        main.main(standalone_mode=False)
-    except (Error, click.ClickException) as error:
+        main()
+    except Error as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         sys.exit(130)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench import flat, rib
+from bench.changes import AT_ONCE, Changes
 from bench.forward import CHUNKS, FRAMES, STRIDE, Bed
 from bench.harness import Case
 from bench.processes import preferred
@@ -29,8 +30,6 @@ from libfp.tables.words import BUDGET
 WORKER_CORE, CONTROL_CORE = 0, 1
 RATE, _ALL = 500_000, 1 << 40
 PASSES = 12  # over all frames in a round: half a second and more
-AT_ONCE = 512  # changes in one call of `apply`
-AWAY = 16  # calls until a route that was withdrawn comes back
 _TICKS, _DONE, _WORDS = 0, 64, 128  # what the worker says: its time so far, that it has ended, words it has stored
 
 
@@ -70,35 +69,19 @@ class Churn:
         ]
         self._round = worker_round(bed.pipeline)
         self._times = Arena(4 * PASSES * CHUNKS * FRAMES // 64, huge=True)
-        random = np.random.default_rng(7)
-        order, half = random.permutation(len(addresses)), AT_ONCE // 2
-        self._routes = [addresses[order], lengths[order]]
-        self._hops = np.unique(bed.routes.fib.routes()[2])[random.integers(0, 64, len(addresses))]
-        self._groups = len(addresses) // half
-        self._turn = self.made = 0
+        self._changes = Changes(bed.routes.fib, addresses, lengths)
         bed.state.replicas.reset()
         self.about = {0: ""}
 
-    def _apply(self) -> None:
-        """Withdraw a group of routes, and announce that of some calls before."""
-        half, fib = AT_ONCE // 2, self.bed.routes.fib
-        gone, back = self._turn % self._groups, (self._turn - AWAY) % self._groups
-        parts = [slice(half * one, half * (one + 1)) for one in (gone, back)]
-        columns = [np.concatenate([column[part] for part in parts]) for column in self._routes]
-        values = np.concatenate([np.zeros(half, np.int64), self._hops[parts[1]]])
-        mixed = np.arange(AT_ONCE).reshape(2, half).T.reshape(-1)  # one and one
-        fib.apply(*(column[mixed] for column in (*columns, values)))
-        self._turn += 1
-        self.made += AT_ONCE
-
     def _control(self, rate: int) -> None:
         """Make changes as the worker's time goes on; never more than the mailbox has room for."""
-        replicas, shared, self.made, self.logged = self.bed.state.replicas, self._shared.address, 0, 0
+        replicas, shared, changes = self.bed.state.replicas, self._shared.address, self._changes
+        changes.made = 0
         ticks_each = clock_hz() / rate if rate else 0
         while not load_acquire64(shared + _DONE):
             due = load_acquire64(shared + _TICKS) / ticks_each if rate else 0
-            if self.made < due and replicas.waiting < MAILBOX // 2:
-                self._apply()
+            if changes.made < due and replicas.waiting < MAILBOX // 2:
+                changes.make()
             else:
                 time.sleep(0)
 
@@ -115,12 +98,12 @@ class Churn:
         control.result()
         assert bed.state.replicas.copies == copies, "every change came by the log"
         times = np.frombuffer(self._times.buffer, np.uint32) / clock_hz() * 1e6
-        seconds, words = ticks / clock_hz(), load64(shared.address + _WORDS)
+        seconds, words, made = ticks / clock_hz(), load64(shared.address + _WORDS), self._changes.made
         self.about[rate] = (
-            f"{self.made / seconds / 1e3:.0f} k changes/s, {words / max(self.made, 1):.1f} words each; a burst takes "
+            f"{made / seconds / 1e3:.0f} k changes/s, {words / max(made, 1):.1f} words each; a burst takes "
             f"{np.median(times):.2f}, p99 {np.percentile(times, 99):.2f}, p99.9 {np.percentile(times, 99.9):.2f} us"
         )
-        self.changes = self.made / seconds
+        self.changes = made / seconds
         while not bed.state.replicas.acknowledged():
             drain_now(mailbox)
         return seconds * 1e9 / (PASSES * CHUNKS * FRAMES)

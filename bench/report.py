@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,11 +78,13 @@ def write(about: dict[str, str]) -> None:
     ]
     for name, one in kept.items():
         _draw(name, one["cases"])
+        curve = _draw_curve(name, one["cases"])
         abouts = list(dict.fromkeys(row["about"] for row in one["cases"] if row["about"]))
         parts += [
             f"## {name}",
             f"{name.capitalize()}: {about.get(name, 'a bench that is no more')}.",
             f"![{name}](bench/{name}.svg)",
+            *([f"![{name}: by workers](bench/{curve})"] if curve else []),
             _table(one["cases"]),
             "\n".join(f"- {text}" for text in [*abouts, f"{one['date']}; {one['machine']}"]),
         ]
@@ -100,8 +103,31 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _draw(name: str, rows: list[dict[str, Any]]) -> None:
-    """A pair of bars a case, ours above the peer's; one axis a unit."""
+def _draw_curve(name: str, rows: list[dict[str, Any]]) -> str:
+    """Where the cases are numbers of workers: both sides as lines over them; the name of the file, or nothing."""
+    points = {int(row["case"].split()[0]): row for row in rows if re.fullmatch(r"\d+ workers?", row["case"])}
+    if not points:
+        return ""
+    plt = _pyplot(name)
+    figure, axis = plt.subplots(figsize=(8, 4))
+    counts = list(points)
+    one = points[counts[0]]["ours"] / counts[0]
+    axis.plot([0, counts[-1]], [0, one * counts[-1]], ":", color="black", lw=0.8, label="as many times one worker's")
+    for side, colour, label in (("ours", OURS, "in one process"), ("theirs", THEIRS, points[counts[0]]["peer"])):
+        axis.plot(counts, [points[count][side] for count in counts], "o-", color=colour, label=label)
+    axis.set_xlabel("workers", fontsize=8)
+    axis.set_ylabel(points[counts[0]]["unit"], fontsize=8)
+    axis.set_xticks(counts)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(PLOTS / f"{name}-curve.svg", metadata={"Date": None})
+    plt.close(figure)
+    return f"{name}-curve.svg"
+
+
+def _pyplot(name: str) -> Any:
     try:
         import matplotlib
     except ImportError:
@@ -110,6 +136,12 @@ def _draw(name: str, rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none"})  # same figures, same file; small
+    return plt
+
+
+def _draw(name: str, rows: list[dict[str, Any]]) -> None:
+    """A pair of bars a case, ours above the peer's; one axis a unit."""
+    plt = _pyplot(name)
     units = list(dict.fromkeys(row["unit"] for row in rows))
     counts = [sum(row["unit"] == unit for row in rows) for unit in units]
     figure, axes = plt.subplots(

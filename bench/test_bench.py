@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import acl_rules
+from bench import acl_rules, walk
 from bench.__main__ import BENCHES
 from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
@@ -32,9 +32,11 @@ CASES = {
     "lpm4": ("random", "in-prefix", "zipf", "build"),
     "lpm6": ("in-prefix", "zipf"),
     "ring": tuple(f"{kind} burst {burst}" for kind in ("spsc", "mpmc") for burst in (1, 8, 32, 128)),
+    "scaling": ("1 worker", "2 workers"),
     "start": ("help", "warm", "cold"),
     "sync": ("beyond dump", "complete"),
     "veth": ("inline", "helper", "linux", "inline per cpu-second", "helper per cpu-second"),
+    "walk": ("whole loop", *walk.PARTS),
 }
 
 

@@ -42,9 +42,13 @@ class Subscriber(Protocol):
 class Table:
     """Base of all tables. Methods may be called from any thread; one lock a table makes changes one at a time.
 
+    `shares` are the words that workers read beside their replicas, which the control plane alone writes.
+
     Every change is committed as it is made, unless a `batch` is open. Views hold addresses only: keep the table while
     a view of it is in use.
     """
+
+    shares: tuple[Arena, ...] = ()
 
     def __init__(self, words: Words) -> None:
         self.lock = threading.RLock()

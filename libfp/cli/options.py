@@ -66,6 +66,9 @@ def common(application: str, config: str = "Read options from a TOML file; SIGHU
             "--bypass", is_flag=True, help="Forward although Linux would decide otherwise (filters, policy rules)."
         ),
         click.option("--name", metavar="NAME", help=f"What `fp stats` calls this instance.  [{application}-PID]"),
+        click.option(
+            "--profile", is_flag=True, help="Measure what each part of the loop takes, and print it at the end."
+        ),
         click.option("--log", type=click.Choice(LEVELS), help="What is logged.  [what fp -v says]"),
         click.option("--config", metavar="FILE", help=config),
         click.option("--json", "as_json", is_flag=True, help="Print JSON lines: forwarding, ready (all routes), end."),

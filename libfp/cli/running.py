@@ -26,6 +26,7 @@ from libfp.errors import BadInput, Error
 if TYPE_CHECKING:
     from libfp import Linux, Pipeline
     from libfp.engine.application import Application
+    from libfp.engine.listen import Stopwatch
 
 __all__ = ["Settings", "run"]
 
@@ -121,8 +122,22 @@ def run(
                 service.reload = lambda: _reload(command, settings, linux, reload)
                 started(app, linux)
                 linux.wait_forwarding()
-                service.run(app, say.forwarding(app, linux), lambda: linux.synced, lambda: say.ready(app, linux))
-                say.end(app)
+                with ExitStack() as watching:
+                    watch = _stopwatch(app, watching) if settings.profile else None
+                    service.run(app, say.forwarding(app, linux), lambda: linux.synced, lambda: say.ready(app, linux))
+                    if watch is not None:
+                        say.profile(app, watch.total())
+                    say.end(app)
+
+
+def _stopwatch(app: Application, undo: ExitStack) -> Stopwatch:
+    """The clock of the workers' loops, as any other process may ask for it."""
+    from libfp.engine.control import connect
+    from libfp.engine.listen import Stopwatch
+
+    watch = Stopwatch(undo.enter_context(connect(app.name)))
+    undo.callback(watch.close)
+    return watch
 
 
 def _reload(command: str, settings: Settings, linux: Linux, more: Callable[[], None] | None) -> None:
@@ -250,3 +265,11 @@ class Said:
         counters = app.counters
         self(f"{counters.forwarded} forwarded, {counters.dropped} dropped, {counters.punted} punted")
         self._line("end", name=app.name, **counters.as_dict())
+
+    def profile(self, app: Any, total: dict[str, Any]) -> None:
+        """Say what each part of the workers' loops has taken."""
+        from libfp.cli.walk import lines
+
+        for line in lines(total):
+            self(line)
+        self._line("profile", name=app.name, **total)

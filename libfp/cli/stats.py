@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from libfp.cli.walk import rows
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -24,12 +26,12 @@ LAP = 0.5  # seconds for which `--stages` measures
 @click.argument("name", required=False)
 @click.option("--once", is_flag=True, help="Print the table once, without rates.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--stages", is_flag=True, help="With --once or --json: measure the time of each stage for half a second.")
+@click.option("--stages", is_flag=True, help="With --once or --json: measure for half a second what each part takes.")
 def stats(name: str | None, once: bool, as_json: bool, stages: bool) -> None:
     """Show the counters of the running instance NAME, or of the only one there is.
 
     The table is live until Ctrl-C or until the instance ends; into a pipe it is printed once. While it is live, or
-    with --stages, the workers measure what each stage takes: a dozen looks at the clock a burst.
+    with --stages, the workers measure what each part of their loop takes: a dozen looks at the clock a burst.
     """
     from libfp.engine.stats import attach
 
@@ -158,7 +160,10 @@ def tables(
         stages = table("stage", "packets", "ns a packet")
         for row in lap["stages"]:
             stages.add_row(row["stage"], f"{row['packets']:,}", f"{row['ns']:.1f}" if row["packets"] else "")
-        parts += [Text(""), stages]
+        walk = table("part of the loop", "ns a packet")
+        for part, ns in rows(lap):
+            walk.add_row(part, f"{ns:.1f}")
+        parts += [Text(""), stages, Text(""), walk]
     if reasons.row_count:
         parts += [Text(""), reasons]
     return Group(*parts)

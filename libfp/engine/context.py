@@ -38,6 +38,10 @@ class Context:
         """Until the control plane says stop."""
         return load_acquire64(load64(self.at + CONTROL) + STOP) == 0
 
+    def wanted(self) -> bool:
+        """Whether somebody wants to look, by a tap."""
+        return load_acquire64(load64(self.at + CONTROL) + TAP) != 0
+
     def count(self, which: int, by: int) -> None:
         """Add to one of the worker's counters: no lock, since nobody else writes it."""
         at = load64(self.at + STATISTICS) + which

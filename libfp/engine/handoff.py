@@ -31,13 +31,12 @@ from libfp.engine.context import (
     LIBC_READ,
     LIBC_WRITE,
     POLL_FDS,
-    RECORD,
     RETURNED,
     SYSCALLS,
     Context,
 )
 from libfp.engine.settle import UNDECIDED, finish, settle
-from libfp.engine.tap import tap_end, tap_move, tap_skip
+from libfp.engine.tap import showing, tap_end, tap_move, tap_skip
 from libfp.jit import (
     call,
     kernel,
@@ -132,7 +131,7 @@ def finish_lent(context: Context, burst: Burst) -> None:
 def lend(context: Context, burst: Burst, following: int) -> None:
     """Lend the packets that are handed off; those that nobody takes are dropped by name. The others move up."""
     at, n = burst.at, burst.count
-    record = load64(context.at + RECORD)
+    record = showing(context)
     kept = 0
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
@@ -228,7 +227,7 @@ def borrow(context: Context, burst: Burst, peer: int) -> int:
 def give_back(context: Context, burst: Burst, following: int, all_of_them: bool) -> None:
     """Give the packets that have a verdict back to who lent them, or all; the others move up."""
     at, n = burst.at, burst.count
-    record, kept, back = load64(context.at + RECORD), 0, 0
+    record, kept, back = showing(context), 0, 0
     lane = Lane(load64(load64(at + LENDER) + BACK))
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
@@ -263,7 +262,7 @@ def take_back(context: Context, burst: Burst, peer: int) -> int:
     for i in range(n):
         if load32(at + VERDICT + 4 * i) == LIVE:
             store32(at + VERDICT + 4 * i, UNDECIDED)
-    record = load64(context.at + RECORD)
+    record = showing(context)
     if record != 0:
         tap_skip(record)  # the borrower has shown them
     lend(context, burst, load64(at + FIRST))

@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from libfp.engine.control import Connection
-from libfp.engine.slots import Record, RingReader, Verdicts, size_of
+from libfp.engine.slots import PAIR, PARTS, ROW, STAGE_ROW, Record, RingReader, Verdicts, size_of
 
 NAP = 0.002  # seconds between looks at rings that were empty
 CALIBRATE = 10.0  # seconds between looks at both clocks
-PAIR = struct.Struct("=QQ")
+_PAIR = struct.Struct("=QQ")
 
 
 def _map(file: int, size: int, readonly: bool = False) -> mmap.mmap:
@@ -112,31 +112,53 @@ class _Clock:
 
 
 class Stopwatch:
-    """Nanoseconds a stage of an instance, measured from here on and until `close`."""
+    """Nanoseconds a part of an instance's loop, measured from here on and until `close`."""
 
     def __init__(self, connection: Connection) -> None:
         told = connection.ask("clock")
-        self._rows = [*told["stages"], "carry out"]
+        self._stages: list[str] = told["stages"]
         self._hz = int(told["hz"])
-        self._pages = [_map(file, mmap.PAGESIZE, readonly=True) for file in connection.take_files()]
-        self._before = self._read()
+        size = max(PAIR * (STAGE_ROW + len(self._stages)), mmap.PAGESIZE)
+        self._pages = [_map(file, size, readonly=True) for file in connection.take_files()]
+        self._began = self._before = self._read()
 
     def _read(self) -> list[tuple[int, int]]:
-        rows = range(len(self._rows) + 1)
-        pairs = [[PAIR.unpack_from(page, PAIR.size * row) for row in rows] for page in self._pages]
+        rows = range(STAGE_ROW + len(self._stages))
+        pairs = [[_PAIR.unpack_from(page, PAIR * row) for row in rows] for page in self._pages]
         return [(sum(t for t, _ in one), sum(n for _, n in one)) for one in zip(*pairs, strict=True)]
 
     def lap(self) -> dict[str, Any]:
-        """Since the last lap: `bursts`, `burst_ns` each, and `stages`: name, packets and nanoseconds a packet."""
+        """Since the last lap. `bursts`, `burst_ns` each through the stages. `stages`: name, packets that came to it,
+        nanoseconds each; "carry out" is what becomes of those with a verdict. `packets` in all, and `parts`, the whole
+        loop: name and nanoseconds for each of these. `idle_ns` in all: turns without packets.
+        """
         now, before = self._read(), self._before
         self._before = now
-        ticks, packets = ([a[k] - b[k] for a, b in zip(now, before, strict=True)] for k in (0, 1))
-        each = [round(1e9 * t / self._hz / n, 2) if n else 0.0 for t, n in zip(ticks, packets, strict=True)]
-        stages = zip(self._rows, packets[1:], each[1:], strict=True)
+        return self._told(now, before)
+
+    def total(self) -> dict[str, Any]:
+        """The same, since it was made."""
+        return self._told(self._read(), self._began)
+
+    def _told(self, now: list[tuple[int, int]], before: list[tuple[int, int]]) -> dict[str, Any]:
+        ns = [1e9 * (a[0] - b[0]) / self._hz for a, b in zip(now, before, strict=True)]
+        packets = [a[1] - b[1] for a, b in zip(now, before, strict=True)]
+
+        def each(row: int, count: int) -> float:
+            return round(ns[row] / count, 2) if count else 0.0
+
+        behind, count = PARTS.index("carry out"), packets[ROW["carry out"]]
+        stages = [*zip(self._stages, range(STAGE_ROW, len(ns)), strict=True)]
+        rows = [*stages, ("carry out", ROW["carry out"])]
+        around = [(name, ROW[name]) for name in PARTS if name != "idle"]
+        parts = [*around[:behind], *stages, *around[behind:]]
         return {
             "bursts": packets[0],
-            "burst_ns": each[0],
-            "stages": [{"stage": name, "packets": n, "ns": ns} for name, n, ns in stages],
+            "burst_ns": each(0, packets[0]),
+            "stages": [{"stage": name, "packets": packets[row], "ns": each(row, packets[row])} for name, row in rows],
+            "packets": count,
+            "parts": [{"part": name, "ns": each(row, count)} for name, row in parts if ns[row]],
+            "idle_ns": round(ns[ROW["idle"]]),
         }
 
     def close(self) -> None:

@@ -123,6 +123,12 @@ class Replicas:
             self._views[id(table)] = table.view_for(self._cell[id(table)])
         return self._views[id(table)]
 
+    @property
+    def arenas(self) -> list[Arena]:
+        """Where the replicas lie, and those that the worker may still be using."""
+        with self._lock:
+            return [*self._arenas.values(), *self._retired]
+
     def reset(self) -> None:
         """Start with fresh copies and an empty mailbox: the worker runs from now on. It must not run yet."""
         with self._all_tables(), self._lock:

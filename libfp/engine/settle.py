@@ -13,14 +13,13 @@ from libfp.engine.context import (
     PUNT_RING,
     REASON_MASK,
     REASONS,
-    RECORD,
     STATISTICS,
     Context,
 )
 from libfp.engine.punt import slots_of
 from libfp.engine.reasons import number_of, take_token
 from libfp.engine.slots import DELIVERED, OVER_RATE, RING_FULL
-from libfp.engine.tap import tap_end, tap_move
+from libfp.engine.tap import showing, tap_end, tap_move
 from libfp.jit import kernel, load32, load64, load64_in, shr64, store64, unlikely
 from libfp.packet.burst import FRAME, KIND, KIND_KEPT, LENGTH, VERDICT, Burst
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
@@ -54,7 +53,7 @@ def settle(context: Context, burst: Burst) -> None:
 def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> None:
     """`settle`, given all verdicts together by or and by and."""
     at, n = burst.at, burst.count
-    record = load64(context.at + RECORD)
+    record = showing(context)
     if common >> KIND_SHIFT == FORWARD and settled >> KIND_SHIFT == FORWARD and record == 0:
         ports = settled ^ common
         if ports & ports - 1 != 0 or not _send_by_two(context, burst, common, settled):
@@ -149,7 +148,7 @@ def finish(context: Context, burst: Burst) -> None:
 
 @kernel
 def _leave_to_linux(context: Context, burst: Burst) -> None:
-    record = load64(context.at + RECORD)
+    record = showing(context)
     for i in range(burst.count):
         verdict = _unless_kept(burst, i, UNDECIDED)
         lost = _end(context, burst, i, verdict)

@@ -26,6 +26,15 @@ _HEADER = struct.Struct("<QQIIIIIIIIQ")
 DELIVERED, OVER_RATE, RING_FULL = 0, 1, 2
 _LOSSES = {OVER_RATE: "punt-rate", RING_FULL: "punt-ring-full"}
 
+# The page of ticks: pairs of ticks and packets, 16 bytes a row. First the whole burst (and how many bursts), then the
+# parts of the loop around the stages, then each stage.
+PARTS = (
+    "counters", "mailbox", "hand-off", "each turn", "receive", "carry out", "transmit", "recycle", "system calls",
+    "idle",
+)  # fmt: skip
+PAIR, STAGE_ROW = 16, 1 + len(PARTS)
+ROW = {name: 1 + number for number, name in enumerate(PARTS)}
+
 KIND_SHIFT, PORT_MASK = 28, 0xFFFF  # of a verdict word: see `libfp.packet.verdict`
 KINDS = ("pass", "forward", "drop", "punt", "consume", "hand-off")
 

@@ -1,8 +1,9 @@
 """Taps: what a worker shows of its packets, and of its time, while somebody looks.
 
-A worker looks at one word of its own a burst. It is 0 while nobody looks; else the address of a block that says where
-to: rings of slots, one slot for each packet (see `libfp.engine.slots`), each with one reader, and a page in which the
-clock's ticks are summed by stage. A ring that has no room for a whole burst loses it, and counts that.
+A worker looks at one word of its control line a turn. It is 0 while nobody looks; else the address of a block that says
+where to: rings of slots, one slot for each packet (see `libfp.engine.slots`), each with one reader, and a page in which
+the clock's ticks are summed by stage and by part of the loop. A ring that has no room for a whole burst loses it, and
+counts that.
 
 The control plane makes a new block whenever a reader comes or goes and stores its address in the worker's control
 line. The worker takes it over between two bursts, in a word of its own: a block that this word no longer names, or
@@ -40,7 +41,7 @@ from libfp.jit import (
     unlikely,
 )
 from libfp.jit import memory as _memory
-from libfp.packet.burst import BURST, FIRST, KIND, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
+from libfp.packet.burst import BURST, FIRST, KIND, LENDER, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 
 log = logging.getLogger("libfp.tap")
@@ -51,32 +52,45 @@ log = logging.getLogger("libfp.tap")
 _RINGS, _PAGE, _STAMP, _BEGAN, _COUNT, _ORDER = 0, 8, 16, 24, 32, 64
 # Then 64 bytes for each ring: address, slots - 1, bytes a slot, bytes of a packet, stages; and, the worker's own, how
 # many slots this burst has in it, and from which index on.
-_FIRST, _ENTRY = _ORDER + 4 * BURST, 64
+SCRATCH = _ORDER + 4 * BURST  # 128 bytes of the worker's, see `libfp.engine.clocked`
+_FIRST, _ENTRY = SCRATCH + 128, 64
 _AT, _MASK, _STRIDE, _SNAP, _STAGES, _TAKEN, _OWN = range(0, 56, 8)
 MOST_RINGS = 8
 _BLOCK = _FIRST + MOST_RINGS * _ENTRY
 
-# The page of ticks: pairs of ticks and packets. The whole burst (and how many bursts), each stage, and after them what
-# is done with those that have a verdict: sending, freeing, punting.
-PAIR = 16
+PAIR, STAGE_ROW = slots.PAIR, slots.STAGE_ROW
+COUNTERS, MAILBOX, HAND_OFF, EACH_TURN, RECEIVE, CARRY_OUT, TRANSMIT, RECYCLE, SYSTEM_CALLS, IDLE = range(1, STAGE_ROW)
 
 PATIENCE = 0.2  # seconds for a worker to let go of a block; later it is given back with the worker
 
 
 @kernel
-def retap(context: Context) -> None:
-    """Look where the control plane wants to look. Once a turn."""
+def retap(context: Context) -> int:
+    """Look where the control plane wants to look, once a turn: the block there, or 0."""
     wanted = load_acquire64(load64(context.at + CONTROL) + TAP)
     if unlikely(wanted != load64(context.at + RECORD)):
         store_release64(context.at + RECORD, wanted)
+    return wanted
+
+
+@kernel
+def showing(context: Context) -> int:
+    """The block by which packets are shown; 0 where there is none, or where it is but for the clock."""
+    record = load64(context.at + RECORD)
+    if unlikely(record != 0) and load64(record + _RINGS) == 0:
+        return 0
+    return record
 
 
 @kernel
 def tap_begin(tap: int, burst: Burst) -> None:
     """A burst has come in: a slot for each of its packets in each ring."""
+    if load64(burst.at + LENDER) != 0:  # it came by a lane
+        tap_charge(tap, HAND_OFF, tap_lap(tap), burst.count)
     n, now = burst.count, clock()
-    for i in range(n):
-        store32(tap + _ORDER + 4 * i, i)
+    if load64(tap + _RINGS) != 0:
+        for i in range(n):
+            store32(tap + _ORDER + 4 * i, i)
     for entry in range(tap + _FIRST, tap + _FIRST + _ENTRY * load64(tap + _RINGS), _ENTRY):
         at, mask = load64(entry + _AT), load64(entry + _MASK)
         own = load32(at + slots.PRODUCER)
@@ -104,7 +118,7 @@ def tap_begin(tap: int, burst: Burst) -> None:
 @kernel
 def tap_stage(tap: int, burst: Burst, number: int) -> None:
     """Stage `number` has run, and nothing has been carried out yet."""
-    _charge(tap, number + 1, burst.count)
+    tap_charge(tap, STAGE_ROW + number, tap_lap(tap), burst.count)
     for entry in range(tap + _FIRST, tap + _FIRST + _ENTRY * load64(tap + _RINGS), _ENTRY):
         if load64(entry + _TAKEN) == 0 or number >= load64(entry + _STAGES):
             continue
@@ -113,13 +127,14 @@ def tap_stage(tap: int, burst: Burst, number: int) -> None:
             store32(slot + slots.STAGES + 8 * number, load32(burst.at + KIND + 4 * i))
             store32(slot + slots.STAGES + 8 * number + 4, load32(burst.at + VERDICT + 4 * i))
             store32(slot + slots.RAN, number + 1)
-    store64(tap + _STAMP, clock())
+    if load64(tap + _RINGS) != 0:
+        store64(tap + _STAMP, clock())
 
 
 @kernel
-def tap_settled(tap: int, stages: int) -> None:
+def tap_settled(tap: int) -> None:
     """The verdicts of a stage have been carried out."""
-    _charge(tap, stages + 1, 0)
+    tap_charge(tap, CARRY_OUT, tap_lap(tap), 0)
 
 
 @kernel
@@ -154,7 +169,7 @@ def tap_skip(tap: int) -> None:
 
 
 @kernel
-def tap_publish(tap: int, stages: int) -> None:
+def tap_publish(tap: int) -> None:
     """Every packet of the burst has a verdict: let the readers see them."""
     for entry in range(tap + _FIRST, tap + _FIRST + _ENTRY * load64(tap + _RINGS), _ENTRY):
         taken = load64(entry + _TAKEN)
@@ -162,9 +177,9 @@ def tap_publish(tap: int, stages: int) -> None:
             store_release32(load64(entry + _AT) + slots.PRODUCER, u32(load64(entry + _OWN) + taken))
     page = load64(tap + _PAGE)
     if page != 0:
-        _add(page + PAIR * (stages + 1) + 8, load64(tap + _COUNT))
-        _add(page, clock() - load64(tap + _BEGAN))
-        _add(page + 8, 1)
+        tap_charge(tap, CARRY_OUT, 0, load64(tap + _COUNT))
+        tap_charge(tap, 0, load64(tap + _STAMP) - load64(tap + _BEGAN), 1)
+        store64(tap + _STAMP, clock())
 
 
 @kernel
@@ -179,19 +194,23 @@ def _data(entry: int, slot: int) -> int:
 
 
 @kernel
-def _charge(tap: int, row: int, packets: int) -> None:
-    """The time since the last stamp, to this row of the page."""
-    page = load64(tap + _PAGE)
-    if page != 0:
-        now = clock()
-        _add(page + PAIR * row, now - load64(tap + _STAMP))
-        _add(page + PAIR * row + 8, packets)
-        store64(tap + _STAMP, now)
+def tap_lap(tap: int) -> int:
+    """Ticks since this was last called, or the stamp set; 0 while nobody wants to know."""
+    if load64(tap + _PAGE) == 0:
+        return 0
+    now, before = clock(), load64(tap + _STAMP)
+    store64(tap + _STAMP, now)
+    return now - before if before != 0 else 0
 
 
 @kernel
-def _add(at: int, by: int) -> None:
-    store64(at, load64(at) + by)
+def tap_charge(tap: int, row: int, ticks: int, packets: int) -> None:
+    """So much to this row of the page."""
+    page = load64(tap + _PAGE)
+    if page != 0:
+        at = page + PAIR * row
+        store64(at, load64(at) + ticks)
+        store64(at + 8, load64(at + 8) + packets)
 
 
 class Shared:
@@ -292,10 +311,10 @@ class Taps:
                 self._switch()
 
     def open_clock(self) -> list[Shared]:
-        """Count ticks by stage in a page a worker, until as many have called `close_clock`."""
+        """Count ticks by part of the loop in a page a worker, until as many have called `close_clock`."""
         with self._lock:
             if not self._pages:
-                self._pages = _shared(len(self._workers()), max(PAIR * (self._stages + 2), mmap.PAGESIZE))
+                self._pages = _shared(len(self._workers()), max(PAIR * (STAGE_ROW + self._stages), mmap.PAGESIZE))
             self._timed += 1
             if self._timed == 1:
                 self._switch()

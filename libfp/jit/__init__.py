@@ -22,6 +22,7 @@ from libfp.jit.memory import Arena
 from libfp.jit.native import constant, native, word
 from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, inline, kernel
 from libfp.jit.raw import (
+    apart,
     bswap16,
     bswap32,
     bswap64,
@@ -61,6 +62,7 @@ __all__ = [
     "BOUNDSCHECK",
     "INTERPRETED",
     "Arena",
+    "apart",
     "bswap16",
     "bswap32",
     "bswap64",

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import os
 import threading
 import weakref
 from collections.abc import Callable
+from ctypes import c_int, c_long, c_size_t, c_ssize_t, c_void_p
 
-import cffi
 import numpy as np
 
 from libfp.jit.policy import BOUNDSCHECK
 
-_ffi = cffi.FFI()
-_ffi.cdef(
-    """
-    void *mmap(void *, size_t, int, int, int, long);
-    int munmap(void *, size_t);
-    int mprotect(void *, size_t, int);
-    int madvise(void *, size_t, int);
-    """
-)
-_libc = _ffi.dlopen(None)
+_libc = ctypes.CDLL(None)
+_mmap, _munmap, _mprotect, _madvise = _libc.mmap, _libc.munmap, _libc.mprotect, _libc.madvise
+_mmap.argtypes, _mmap.restype = [c_void_p, c_size_t, c_int, c_int, c_int, c_long], c_void_p
+_munmap.argtypes = [c_void_p, c_size_t]
+_mprotect.argtypes = _madvise.argtypes = [c_void_p, c_size_t, c_int]
+_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.argtypes, _view.restype = [c_void_p, c_ssize_t, c_int], ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE_PAGE = 2 << 20
@@ -76,6 +75,12 @@ def forget(address: int, size: int) -> None:
     _change(remove)
 
 
+def known() -> set[tuple[int, int]]:
+    """(start, end) of every registered region."""
+    starts, ends = _known
+    return set(zip(starts, ends, strict=True))
+
+
 def _change(edit: Callable[[list[int], list[int]], None]) -> None:
     global _known
     with _lock:
@@ -113,13 +118,14 @@ def check(address: int, size: int) -> None:
 
 def protect(address: int, size: int) -> None:
     """Make whole pages unreadable: a guard inside an arena, which goes when the arena does."""
-    if _libc.mprotect(_ffi.cast("void *", address), size, _PROT_NONE):
+    if _mprotect(address, size, _PROT_NONE):
         raise MemoryError(f"cannot protect {size} bytes at {address:#x}")
 
 
 def view(address: int, size: int) -> memoryview:
     """The `size` bytes at `address` as a writable memoryview; the caller keeps the memory alive."""
-    return memoryview(_ffi.buffer(_ffi.cast("void *", address), size)).cast("B")
+    found: memoryview = _view(address, size, _WRITABLE)
+    return found
 
 
 class Arena:
@@ -136,16 +142,15 @@ class Arena:
         align = HUGE_PAGE if huge else PAGE
         room = -(-size // align) * align
         total = room + 2 * PAGE + (align - PAGE)
-        mapping = _libc.mmap(_ffi.NULL, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-        start = int(_ffi.cast("uintptr_t", mapping))
+        start = _mmap(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
         if start == _MAP_FAILED:
             raise MemoryError(f"cannot map {total} bytes")
         base = -(-(start + PAGE) // align) * align
-        if _libc.mprotect(_ffi.cast("void *", base), room, _PROT_READ | _PROT_WRITE):
-            _libc.munmap(mapping, total)
+        if _mprotect(base, room, _PROT_READ | _PROT_WRITE):
+            _munmap(start, total)
             raise MemoryError(f"cannot make {room} bytes writable")
         if huge:
-            _libc.madvise(_ffi.cast("void *", base), room, _MADV_HUGEPAGE)
+            _madvise(base, room, _MADV_HUGEPAGE)
         self.size = size
         self.address = base + (room - size) // 8 * 8 if flush_end else base
         register(self.address, size)
@@ -169,4 +174,4 @@ class Arena:
 
 def _release(start: int, total: int) -> None:
     forget(start, total)
-    _libc.munmap(_ffi.cast("void *", start), total)
+    _munmap(start, total)

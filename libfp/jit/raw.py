@@ -359,6 +359,15 @@ def unlikely(value: int) -> int:
     return value
 
 
+def _emit_apart(context: Any, builder: Any) -> None:
+    builder.function.attributes.add("noinline")
+
+
+@primitive(_emit_apart, void=True)
+def apart() -> None:
+    """Keep the kernel that calls this out of its callers: what is in it is compiled by itself."""
+
+
 def _emit_call(context: Any, builder: Any, address: Any, *arguments: Any) -> Any:
     kind = ir.FunctionType(I64, [I64] * len(arguments))
     return builder.call(builder.inttoptr(address, kind.as_pointer()), list(arguments))

@@ -161,6 +161,7 @@ class NextHops(Table):
         self.set_word(_HASHING + 6, FIELD_SRC | FIELD_DST | FIELD_PROTOCOL | FIELD_LABEL)
         self.epoch = Arena(64)
         store64(self.epoch.address, 2)
+        self.shares = (self.epoch,)
         self._hits: weakref.WeakSet[Arena] = weakref.WeakSet()
         self._notes: weakref.WeakKeyDictionary[Arena, int] = weakref.WeakKeyDictionary()  # how many have been read
 

@@ -25,7 +25,7 @@ import numba
 from libfp.errors import Unsupported
 from libfp.jit import Arena, policy
 
-__all__ = ["Report", "check", "check_loop", "compile_afresh"]
+__all__ = ["Report", "check", "check_loop", "compile_afresh", "functions", "loop_code"]
 
 #: C functions without locks or system calls that LLVM puts in for copies of memory.
 ALLOWED = frozenset({"memcpy", "memmove", "memset"})
@@ -95,8 +95,8 @@ def compile_afresh(function: Callable[..., Any], arguments: Iterable[Any]) -> tu
     return compiled.library.get_asm_str(), compiled.fndesc.llvm_func_name
 
 
-def check_loop(pipeline: Any, *, kick: str = "helper", idle: str = "spin", ports: int = 2) -> Report:
-    """Compile the loop of a pipeline, as a worker with these policies runs it, and `check` it."""
+def loop_code(pipeline: Any, *, kick: str = "helper", idle: str = "spin", ports: int = 2) -> tuple[str, str]:
+    """`compile_afresh` of the loop of a pipeline, as a worker with these policies runs it."""
     from libfp.engine.state import WorkerState
     from libfp.ports.memory import MemoryPort
 
@@ -104,9 +104,19 @@ def check_loop(pipeline: Any, *, kick: str = "helper", idle: str = "spin", ports
     memory_ports = [MemoryPort(f"port{number}", ring_size=64) for number in range(ports)]
     state = WorkerState(pipeline, MemoryPort.open_all, memory_ports, 0, statistics.address, punt=True)
     try:
-        return check(*compile_afresh(pipeline.module(kick=kick, idle=idle).loop, state.arguments))
+        return compile_afresh(pipeline.module(kick=kick, idle=idle).loop, state.arguments)
     finally:
         state.close()
+
+
+def check_loop(pipeline: Any, *, kick: str = "helper", idle: str = "spin", ports: int = 2) -> Report:
+    """`check` of `loop_code`."""
+    return check(*loop_code(pipeline, kick=kick, idle=idle, ports=ports))
+
+
+def functions(assembly: str) -> dict[str, list[str]]:
+    """The instructions of every function in AT&T assembly text, as text."""
+    return {name: [one.text for _, one in body if one is not None] for name, body in dict(_functions(assembly)).items()}
 
 
 def check(assembly: str, entry: str, allowed: Iterable[str] = ALLOWED) -> Report:

@@ -145,6 +145,11 @@ class AppProcess:
         return self._events.get("ready", {})
 
     @property
+    def profile(self) -> dict[str, Any]:
+        """What each part of the loop took, if it was started with --profile and has ended; else empty."""
+        return self._events.get("profile", {})
+
+    @property
     def end(self) -> dict[str, Any]:
         """The final counters; empty before, and when it was killed."""
         return self._events.get("end", {})

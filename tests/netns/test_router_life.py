@@ -38,22 +38,36 @@ def untouched(net: Crossroads) -> Iterator[None]:
     assert net.client.ping(SERVER).received == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_started_and_ended_under_load(net: Crossroads, untouched: None, number: int) -> None:
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGTERM, ()), (signal.SIGINT, ("--profile",))])
+def test_started_and_ended_under_load(net: Crossroads, untouched: None, number: int, options: tuple[str, ...]) -> None:
     """Linux, then the fast path, then Linux: what is lost on the way is what a ring may hold, and then nothing."""
     with UdpStream(net.client, net.server, SERVER, rate=RATE) as stream:
         wait_until(lambda: stream.received > 100, timeout=20)
-        with RouterProcess(net.router, *net.PORTS, *net.options) as process:
+        with RouterProcess(net.router, *net.PORTS, *net.options, *options) as process:
             name = process.ready["name"]
             assert instances()[name][0] == process.process.pid
             wait_until(lambda: process.counters().forwarded > RATE // 2)
             assert process.stop(number) == 0
             assert process.end["forwarded"] > RATE // 2
+            if options:
+                check_profile(process)
         assert name not in instances()
         received = stream.received
         wait_until(lambda: stream.received > received + RATE // 2)
     assert stream.result.lost <= 32, "starting and ending, both"
     assert stream.result.duplicates == 0
+
+
+def check_profile(process: RouterProcess) -> None:
+    """What --profile has said: of every packet, for all parts that live traffic comes through."""
+    told = process.profile
+    assert RATE // 4 < told["packets"] <= process.end["forwarded"] + 32, "packets that Linux got are in it, too"
+    parts = {row["part"]: row["ns"] for row in told["parts"]}
+    assert set(parts) >= {"receive", "parse", "forward", "carry out", "transmit", "recycle", "system calls", "counters"}
+    assert parts["system calls"] > parts["parse"] > 0, "on veth these are nearly all"
+    assert told["idle_ns"] > 0
+    assert "ns a packet, of" in process.said()
+    assert "  system calls" in process.said()
 
 
 STAGES = [

@@ -5,7 +5,9 @@ Read from the machine code, compiled afresh. Faults put in on purpose must each 
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from libfp.apps.firewall.hits import Hits
 from libfp.apps.ipsec.policies import Policies
 from libfp.apps.ipsec.sa import SaTable
 from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
+from libfp.engine import loop
 from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
@@ -24,7 +27,7 @@ from libfp.packet.burst import Burst
 from libfp.rings import Mpmc, Mpsc, Spsc
 from libfp.stages import Routes, by_flow, forward, parse, rewrite, route
 from libfp.tables import Acl, Flow, Hash
-from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
+from libfp.testing.machine_code import Report, check, check_loop, compile_afresh, functions, loop_code
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -56,8 +59,13 @@ def short(names: tuple[str, ...]) -> str:
     return " ".join(names)
 
 
-def test_no_lock_and_no_call_with_a_helper(router: Pipeline) -> None:
-    report = check_loop(router, kick="helper", idle="spin")
+@pytest.fixture(scope="module")
+def code(router: Pipeline) -> tuple[str, str]:
+    return loop_code(router, kick="helper", idle="spin")
+
+
+def test_no_lock_and_no_call_with_a_helper(code: tuple[str, str]) -> None:
+    report = check(*code)
     assert report.findings == ()
     assert report.indirect == 0, report.where
     assert report.calls <= {"memcpy"}, "the copy into the punt ring"
@@ -69,14 +77,49 @@ def test_no_lock_and_counted_calls_when_it_kicks_and_parks(router: Pipeline) -> 
     """sendto, recv, write and poll, by address, and nothing else: `kick` and `park` count each in `syscalls`."""
     report = check_loop(router, kick="inline", idle="park")
     assert report.findings == ()
-    assert 3 <= report.indirect <= 4
-    assert all("4loop" in name for name in report.where), "libfp.engine.loop, or the loop it was inlined into"
+    assert 3 <= report.indirect <= 5, report.where
+    homes = "engine4loop", "5plain", "7clocked"  # libfp.engine.loop, or the loops it was inlined into
+    assert all(any(home in name for home in homes) for name in report.where), report.where
     assert report.calls <= {"memcpy"}
 
 
 @stage
 def away(packet):  # type: ignore[no-untyped-def]
     packet.forward(1 - packet.port)
+
+
+def plain_code() -> dict[str, list[str]]:
+    """The functions that the loop of a small pipeline runs while nobody looks; names without what numba adds."""
+    assembly, _ = loop_code(Pipeline(away))
+    found = functions(assembly)
+    plain = next(name for name in found if "5plain" in name)
+    tidy = {name: re.sub(r"pipeline_\w{24}", "pipeline", name.partition("c8tJTIe")[0]) for name in found}
+    tidy = {name: re.sub(r"B\d?v\d+B\d+$", "", short) for name, short in tidy.items()}
+    names = re.compile("|".join(map(re.escape, found)))
+    kept = check(assembly, plain).functions
+    return {tidy[one]: [names.sub(lambda name: tidy[name[0]], line) for line in found[one]] for one in kept}
+
+
+def test_what_measures_is_not_in_the_loop_that_nobody_looks_at(code: tuple[str, str]) -> None:
+    assembly, entry = code
+    found = functions(assembly)
+    plain = check(assembly, next(name for name in found if "5plain" in name)).functions
+    for part in ("clocked", "watched", "tap_begin", "tap_stage"):
+        assert part not in short(plain)
+        assert part in short(check(assembly, entry).functions), "or it was not read, and nothing is proven"
+    clocks = {name for name in plain if any("rdtsc" in line for line in found[name])}
+    assert all("_punt" in name for name in clocks), "the token bucket of a punted packet"
+
+
+@pytest.mark.skipif(not os.environ.get("LIBFP_FULL"), reason="compiles two loops: if LIBFP_FULL is set")
+def test_the_loop_that_nobody_looks_at_is_the_same_without_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine code is the same, to the last instruction, with and without the loop that is watched."""
+    with_it = plain_code()
+    source, call = loop.SOURCE, "        clocked(context, burst, mailbox{arguments})\n"
+    assert call in source
+    monkeypatch.setattr(loop, "SOURCE", source.replace(call, ""))
+    assert plain_code() == with_it
+    assert sum(map(len, with_it.values())) > 500, "or it was not read"
 
 
 def test_no_lock_and_no_call_where_packets_are_handed_off() -> None:

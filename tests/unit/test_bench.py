@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench import forward, harness, report, rib
+from bench.__main__ import BENCHES
 from bench.harness import Case
 from libfp.errors import Error
 
@@ -71,6 +72,11 @@ def test_a_report_says_of_each_claim_whether_it_holds(tmp_path: Path, monkeypatc
     unclaimed = Case("alone", "rate", "Mpps", "higher", lambda: 1.0)
     report.keep("pair", [harness.measure(case, 1) for case in (pair, slow)])
     report.keep("alone", [harness.measure(case, 1) for case in (alone, unclaimed)])
+    workers = [
+        Case("team", f"{n} worker" + "s" * (n > 1), "Mpps", "higher", lambda: 1.0, "processes", lambda: 1.0)
+        for n in (1, 2)
+    ]
+    report.keep("team", [harness.measure(case, 1) for case in workers])
     report.keep("pair", [harness.measure(case, 1) for case in (pair, slow)])  # in the place of the first
     report.write({"pair": "two sides", "alone": "nobody to compare with"})
     page = report.PAGE.read_text()
@@ -79,7 +85,8 @@ def test_a_report_says_of_each_claim_whether_it_holds(tmp_path: Path, monkeypatc
     assert "| two | 4.0 | flat | 3.0 | ns | 0.75 | 1 of flat | **missed** |" in page
     assert "| start | 3.0 |  |  | s |  | 2 s | **missed** |" in page
     assert "| rate | 1.0 |  |  | Mpps |  |  |  |" in page
-    assert {path.name for path in report.PLOTS.glob("*.svg")} == {"pair.svg", "alone.svg"}
+    assert {path.name for path in report.PLOTS.glob("*.svg")} == {"pair.svg", "alone.svg", "team.svg", "team-curve.svg"}
+    assert page.count("-curve.svg") == 1, "of what is measured by numbers of workers"
     report.KEPT.write_text("{")
     with pytest.raises(Error, match="is no list of results"):
         report.write({})
@@ -108,5 +115,4 @@ def test_an_unknown_bench_is_one_line_and_status_2() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    names = "acl, churn, esp, firewall, flow, forward, hash, idle, lpm4, lpm6, ring, start, sync, veth"
-    assert done.stderr == f"bench: no bench 'nonsense'; there are: {names}\n"
+    assert done.stderr == f"bench: no bench 'nonsense'; there are: {', '.join(BENCHES)}\n"

@@ -211,6 +211,14 @@ def test_the_time_of_every_stage_while_somebody_asks(app: Application, actions: 
     assert all(row["ns"] > 0 for row in lap["stages"])
     assert 0 < lap["bursts"] <= 150
     wait_until(lambda: not tapped(app), what="the clock stopped")
+    parts = {row["part"]: row["ns"] for row in lap["parts"]}
+    around = ["counters", "mailbox", "receive", "parse", "act", "tell", "last", "carry out", "transmit", "recycle"]
+    assert list(parts) == around, "in the order of the walk; nothing is handed off, and memory ports need no calls"
+    assert lap["packets"] == 150
+    assert lap["idle_ns"] > 0
+    whole = lap["burst_ns"] * lap["bursts"]
+    inside = 150 * sum(parts[name] for name in ("parse", "act", "tell", "last", "carry out"))
+    assert inside == pytest.approx(whole, rel=0.01), "no time is counted twice, and none is lost"
 
 
 @pytest.mark.parametrize("asked", [{"slots": 63}, {"slots": 100}, {"slots": "x"}, {"snap": -1}, {"snap": 1 << 20}])
