@@ -79,5 +79,9 @@ class PeerLied(Error):
     """The process at the other end of a shared ring has stored an index that cannot be."""
 
 
+class PeerUnsuitable(Error):
+    """The process at the other end of a shared wire offers what cannot be used: its version, a ring, its memory."""
+
+
 class BadInput(Error):
     """A file, an address, a filter or an argument that does not parse."""

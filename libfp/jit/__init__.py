@@ -7,9 +7,11 @@ every access checked; with ``LIBFP_BOUNDSCHECK=1`` compiled code checks too.
 from libfp.jit.atomics import (
     compare_and_swap64,
     fetch_add64,
+    load_acquire16,
     load_acquire32,
     load_acquire64,
     pause,
+    store_release16,
     store_release32,
     store_release64,
 )
@@ -82,6 +84,7 @@ __all__ = [
     "load32be",
     "load64",
     "load64be",
+    "load_acquire16",
     "load_acquire32",
     "load_acquire64",
     "mul64",
@@ -99,6 +102,7 @@ __all__ = [
     "store32",
     "store32be",
     "store64",
+    "store_release16",
     "store_release32",
     "store_release64",
     "u32",
