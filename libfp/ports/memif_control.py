@@ -138,13 +138,16 @@ class Control:
     def _guarded(self, one: _Connection, action: Callable[[], None]) -> None:
         """`action`; if it fails, so does the connection."""
         try:
-            action()
+            try:
+                action()
+            except (OSError, MemoryError) as failure:
+                raise PeerUnsuitable(f"what cannot be used: {failure}", "look at the limits of this process") from None
         except Error as error:
             self._connections.remove(one)
             if one.wire is None:
                 log.warning("memif %s: %s", shown(self.address), error)
-            elif isinstance(error, PeerGone):
-                log.info("%s: %s", one.wire.offer.name, error)
+            elif isinstance(error, PeerGone):  # which one that tries again and again says often, until it is connected
+                log.log(logging.INFO if one.session.connected else logging.DEBUG, "%s: %s", one.wire.offer.name, error)
             else:
                 one.wire.failed(error)
             one.end(error.what)

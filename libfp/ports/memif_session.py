@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,10 +101,10 @@ class Session:
 
     def kick(self, queue: int) -> None:
         """Wake the consumer of what we send by `queue`."""
-        try:
-            os.write(self.events[queue], (1).to_bytes(8, "little"))
-        except OSError:
-            pass  # it is awake enough, or has given us something that is no eventfd
+        poll = select.poll()
+        poll.register(self.events[queue], select.POLLOUT)
+        if poll.poll(0):  # else it would have us wait: it has been woken more often than can be counted
+            os.eventfd_write(self.events[queue], 1)
 
     def close(self) -> None:
         """Unmap and close everything. No worker may go by its links any more."""
@@ -170,7 +171,7 @@ class ServerSession(Session):
     def _add_ring(self, offer: Offer, message: AddRing, fd: int) -> None:
         way = bool(message.flags & TO_SERVER)
         name = f"ring {message.index} to the {'server' if way else 'client'}"
-        if fd < 0:
+        if fd < 0 or os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
             raise PeerUnsuitable(f"{name} without an eventfd", "it goes with the message")
         if message.index >= offer.queues:
             raise PeerUnsuitable(f"{name}, and {offer.name} has {offer.queues} queues", f"queues={message.index + 1}")
