@@ -2,6 +2,7 @@
 # make test   every test (ARGS="-k lpm -x"); those that need root are skipped with that reason otherwise
 # make test-vm  zero-copy tests in a guest with a newer kernel (qemu, software emulation, minutes)
 # make stress the stress tests with 10^8 elements where `make test` has 10^6 (COUNT=1000000000 for more)
+# make docs   the documentation, as HTML in build/docs
 # make lint   ruff and mypy
 # make bench  NAME=forward, or all of them
 # The virtual environment .venv is made by the first command that needs it.
@@ -13,11 +14,11 @@ ARGS ?=
 NAME ?=
 COUNT ?= 100000000
 
-.PHONY: demo test test-vm stress lint format bench clean help
+.PHONY: demo test test-vm stress docs lint format bench clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: $(VENV)/.ready
 	@$(RUN) -m libfp demo $(ARGS)
@@ -36,6 +37,10 @@ test-vm: $(VENV)/.ready-dev
 
 stress: $(VENV)/.ready-dev
 	@LIBFP_STRESS=$(COUNT) $(RUN) -m pytest -m stress $(ARGS)
+
+docs: $(VENV)/.ready-dev
+	@$(RUN) -m sphinx -q -W --keep-going docs build/docs $(ARGS)
+	@echo "libfp: build/docs/index.html"
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

@@ -17,6 +17,8 @@ from libfp.errors import BadInput, Error
 BENCHES = {
     "acl": "packet classification by ClassBench's rules, beside rte_acl",
     "churn": "route changes that a worker takes in under full load",
+    "esp": "the IPsec gateway's stages, beside libcrypto called from C and beside the plain router",
+    "firewall": "each stage of the firewall, beside the plain router",
     "flow": "flows found, made and ended, beside rte_hash; and in a flood",
     "forward": "the full IPv4 forwarding compute: stages beside one flat kernel, and beside C over rte_fib",
     "hash": "exact matches of keys of 16 bytes, beside rte_hash",

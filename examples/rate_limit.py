@@ -1,14 +1,15 @@
-"""A router that lets each source address send so many packets a second: rate_limit.py RATE INTERFACE...
+"""Route between INTERFACES as Linux would, and let each source address send RATE packets a second.
 
 The sources of each worker are flows of its own, of which only one end counts: they come with their first packet, go a
 minute after their last, and when there are too many, make room for each other. Ctrl-C prints the worst.
 """
 
-from __future__ import annotations
-
 import sys
 
+import click
+
 from libfp import Linux, Pipeline, stage
+from libfp.cli import run
 from libfp.stages import forward, parse
 from libfp.tables import Flow
 
@@ -45,10 +46,13 @@ def worst(count=10):
     return sorted(lost, reverse=True)[:count]
 
 
-def main(rate, *interfaces):
+@click.command(help=__doc__)
+@click.argument("rate", type=click.IntRange(1))
+@click.argument("interfaces", nargs=-1, required=True)
+def main(rate, interfaces):
     with Linux(*interfaces) as linux:
-        rate = int(rate)
-        with Pipeline(parse, limit(sources, rate, max(1, rate // 10)), forward(linux)).start(linux.ports) as app:
+        pipeline = Pipeline(parse, limit(sources, rate, max(1, rate // 10)), forward(linux))
+        with pipeline.start(linux.ports) as app:
             app.wait()
             print(f"{app.counters['over-rate']} packets dropped")
             for packets, address in worst():
@@ -56,4 +60,4 @@ def main(rate, *interfaces):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run(main, "rate_limit.py"))

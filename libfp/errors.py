@@ -5,6 +5,27 @@ The command line prints ``str(error)`` and exits with status 2; the library rais
 
 from __future__ import annotations
 
+__all__ = [
+    "Error",
+    "MissingCapability",
+    "NoSuchInterface",
+    "InterfaceDown",
+    "InterfaceBusy",
+    "UnsuitableInterface",
+    "Unsupported",
+    "FrameTooSmall",
+    "PolicyConflict",
+    "AlreadyRunning",
+    "NoSuchInstance",
+    "NoAnswer",
+    "CacheNotPrivate",
+    "TableFull",
+    "NotCacheable",
+    "PeerGone",
+    "PeerLied",
+    "BadInput",
+]
+
 
 class Error(Exception):
     """Base of all libfp errors: `what` names the thing that failed, `remedy` says what to do about it."""

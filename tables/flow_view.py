@@ -282,7 +282,7 @@ class FlowView:
         return enter(self.table(kind), kind & 0xFF, line, load64(line + HASH), kind >> 8)
 
     def each_turn(self):  # type: ignore[no-untyped-def]
-        """Called by the worker's loop once a turn: see `libfp.tables.flow_wheel`."""
+        """Called by the worker's loop once a turn: it ends flows whose time has come, 64 at most."""
         now = ticks_of(self.four)
         more = turn(self.four, now)
         if self.six != 0:

@@ -115,7 +115,7 @@ class WideHashView:
 class Hash(Table, MutableMapping[Any, Any]):
     """A table of exact keys: a dict for at most `capacity` entries, whose copies every worker looks things up in.
 
-    `key` and `value` name types, see `libfp.tables.keys`: "ipv4", "ipv6", "mac", "u8" to "u64", "i8" to "i64",
+    `key` and `value` name types: "ipv4", "ipv6", "mac", "u8" to "u64", "i8" to "i64",
     "bool", numpy dtypes, and for keys tuples of those, up to 64 bytes. Keys go in as text, `ipaddress` objects, ints
     or bytes in wire order, and come out as text (addresses) or ints. Compiled code uses `view`, whose keys are host
     order: an int64, or for keys of several words a tuple of int64.

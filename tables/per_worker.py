@@ -3,14 +3,6 @@
 A table is the control plane's, and workers have replicas of it (`libfp.tables.table`). Flows, buckets of a rate
 limiter, replay windows and counters are the other way round: the worker writes, the control plane reads. There is no
 log and no master; a `PerWorker` is only the declaration, bound to stages as a table is.
-
-    class Counters(PerWorker):
-        def make(self, worker):
-            return SomePart(...)         # has `view`, what stages of that worker receive, and `close`
-
-A part is made when the worker is, survives its stops and restarts, and is closed with the pipeline's end. If the class
-of its view has a method ``each_turn``, the worker's loop calls it once a turn, packets or not: what it returns says
-whether there is more to do (then the worker does not sleep yet).
 """
 
 from __future__ import annotations
@@ -35,7 +27,16 @@ P = TypeVar("P", bound=Part)
 
 
 class PerWorker(Generic[P]):
-    """Base of what a stage is given to keep state in. Methods may be called from any thread."""
+    """Base of what a stage is given to keep state in. Methods may be called from any thread.
+
+        class Counters(PerWorker):
+            def make(self, worker):
+                return SomePart(...)     # has `view`, what stages of that worker receive, and `close`
+
+    A part is made when the worker is, survives its stops and restarts, and is closed with the pipeline's end. If the
+    class of its view has a method ``each_turn``, the worker's loop calls it once a turn, packets or not: what it
+    returns says whether there is more to do (then the worker does not sleep yet).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

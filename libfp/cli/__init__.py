@@ -17,10 +17,14 @@ from libfp import __version__
 from libfp.cli import journal
 from libfp.errors import Error
 
+__all__ = ["main", "run"]
+
 # name -> (module:attribute of the click command, the help line `fp --help` shows without importing it)
 COMMANDS = {
     "capture": ("libfp.cli.capture:capture", "Write packets of a running instance to a pcapng file."),
     "demo": ("libfp.cli.demo:demo", "Run a client, a router and a server in namespaces, with real traffic."),
+    "firewall": ("libfp.apps.firewall.cli:firewall", "Route, and filter by the kernel's own nftables rules."),
+    "ipsec": ("libfp.apps.ipsec.cli:ipsec", "Route between interfaces, through ESP tunnels where policies say so."),
     "router": ("libfp.apps.router.cli:router", "Route IPv4 between interfaces, with Linux's own routes."),
     "stats": ("libfp.cli.stats:stats", "Show the counters of a running instance."),
     "trace": ("libfp.cli.trace:trace", "Show packets of a running instance through every stage."),
@@ -59,19 +63,27 @@ def fp(verbose: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 for an error that the user can act on."""
+    return run(fp, "fp", arguments)
+
+
+def run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command, one of your own as well, so that what goes wrong is one line; return its exit status.
+
+    `arguments` are those of the process if None.
+    """
     try:
-        result = fp.main(args=arguments, prog_name="fp", standalone_mode=False)
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except Error as error:
-        journal.say(f"fp: {' '.join(str(error).split())}", journal.ERR)
+        journal.say(f"{name}: {' '.join(str(error).split())}", journal.ERR)
         return 2
     except click.UsageError as error:
         error.show()
         return 2
     except click.ClickException as error:
-        click.echo(f"fp: {error.format_message()}", err=True)
+        click.echo(f"{name}: {error.format_message()}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("fp: interrupted", err=True)
+        click.echo(f"{name}: interrupted", err=True)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, but Python would complain again at exit.

@@ -63,14 +63,17 @@ class _File:
     def __init__(self, path: str, text: str, command: click.Command, context: click.Context) -> None:
         self.path, self.context, self.name = path, context, command.name
         self.keys = keys(command)
+        self.others = getattr(command, "tables", ())  # for the application itself to read
         self._lines = text.splitlines()
 
     def values(self, table: Mapping[str, Any]) -> dict[str, Any]:
         made = {}
         for key, value in table.items():
+            if key in self.others:
+                continue
             parameter = self.keys.get(key)
             if parameter is None:
-                self.wrong(key, f"there is no {key!r}", f"there are {', '.join(sorted(self.keys))}")
+                self.wrong(key, f"there is no {key!r}", f"there are {', '.join(sorted({*self.keys, *self.others}))}")
             assert parameter.name is not None
             made[parameter.name] = self._value(key, value, parameter)
         return made

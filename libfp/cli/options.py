@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import click
@@ -90,12 +90,14 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 class Application(click.Command):
     """A command that takes interfaces, and has commands of its own in the place of the first: `commands` says of each
-    name where it is, as "module:attribute".
+    name where it is, as "module:attribute". `tables` is what its configuration file says beside options.
     """
 
-    def __init__(self, *arguments: Any, commands: dict[str, str] | None = None, **named: Any) -> None:
+    def __init__(
+        self, *arguments: Any, commands: dict[str, str] | None = None, tables: Collection[str] = (), **named: Any
+    ) -> None:
         super().__init__(*arguments, **named)
-        self.commands = commands or {}
+        self.commands, self.tables = commands or {}, tables
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any

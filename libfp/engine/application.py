@@ -220,10 +220,10 @@ class Application:
         """Whether `stop` has been called."""
         return self._ended.is_set()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None) -> bool:
         """Until Ctrl-C, until `stop` is called from elsewhere, or for `timeout` seconds.
 
-        Raises Error if a worker failed.
+        True if those have passed and it runs on: ``while app.wait(1): ...``. Raises Error if a worker failed.
         """
         try:
             while not self._ended.wait(0.2 if timeout is None else min(timeout, 0.2)):
@@ -231,9 +231,10 @@ class Application:
                     if worker.error is not None:
                         raise Error(f"worker {worker.number} failed: {worker.error}") from worker.error
                 if timeout is not None and (timeout := timeout - 0.2) <= 0:
-                    return
+                    return True
         except KeyboardInterrupt:
             log.info("interrupted: leaving the traffic to Linux")
+        return False
 
     def stop(self) -> None:
         """Leave the traffic to Linux, stop the workers, close everything that `start` opened. Can be repeated.

@@ -23,7 +23,7 @@ class Bindable(Protocol):
     def stage_view(self, replica: Callable[[Any], Any]) -> Any:
         """The native object one worker's stage receives; `replica(table)` is that worker's view of a table.
 
-        If its class has a method ``each_turn``, the loop calls it once a turn: see `libfp.tables.per_worker`.
+        If its class has a method ``each_turn``, the loop calls it once a turn: see `libfp.tables.PerWorker`.
         """
 
 

@@ -51,6 +51,7 @@ class Worker:
 
     @property
     def running(self) -> bool:
+        """Its thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     @property

@@ -1,7 +1,10 @@
 """How hot code is written: `kernel`, `native` classes, raw loads and stores, atomics, the clock, arenas.
 
-All values in hot code are int64; see `libfp.jit.raw`. With ``NUMBA_DISABLE_JIT=1`` all of it runs interpreted, with
-every access checked; with ``LIBFP_BOUNDSCHECK=1`` compiled code checks too.
+All values in hot code are int64: addresses, lengths, keys, 64-bit patterns. Mixing int64 with uint64 makes numba fall
+back to float64, so the few operations for which signedness matters have names here (`shr64`, `ult64`, `mulhi64`). Loads
+of fewer than 64 bits extend with zeros; addresses need no alignment, but for words that two threads see. With
+``NUMBA_DISABLE_JIT=1`` all of it runs interpreted, with every access checked; with ``LIBFP_BOUNDSCHECK=1`` compiled
+code checks too.
 """
 
 from libfp.jit.atomics import (

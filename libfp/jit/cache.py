@@ -36,6 +36,10 @@ _HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables", "linux"
 _KEEP_SECONDS = 30 * 24 * 3600
 _generating = threading.RLock()
 
+# Where functions are whose module is not in `sys.modules` (run by exec, or from a file by importlib), says numba; and
+# it imports that module when it loads them again.
+sys.modules.setdefault("<dynamic>", ModuleType("<dynamic>"))
+
 
 def directory() -> Path:
     """Where compiled code is kept: ``$LIBFP_CACHE_DIR``, else ``$XDG_CACHE_HOME/libfp``, else ``~/.cache/libfp``.
@@ -216,6 +220,9 @@ class Entry:
 
 
 def entry(function: Callable[..., Any]) -> Entry:
-    """Decorate a module-level control-plane function: compiled on its first call, cached on disk."""
+    """Decorate a module-level control-plane function: compiled on its first call, cached on disk.
+
+    For libfp's own modules: the cache knows when their sources change. The first call of another's raises TypeError.
+    """
     assert isinstance(function, FunctionType)
     return Entry(function)

@@ -43,7 +43,7 @@ from numba.extending import (
     unbox,
 )
 
-from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, options
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, Inner, options
 
 C = TypeVar("C", bound=type)
 
@@ -55,7 +55,13 @@ if TYPE_CHECKING:
 else:
     constant = type("constant", (int,), {"__doc__": "Marks a compile-time constant."})
 
-_COMPILE = {"boundscheck": BOUNDSCHECK, "no_cfunc_wrapper": True}  # no C caller ever calls a method
+# neither C nor Python ever calls a method that has been compiled
+_COMPILE = {
+    "boundscheck": BOUNDSCHECK,
+    "no_cfunc_wrapper": True,
+    "no_cpython_wrapper": True,
+    "pipeline_class": Inner,
+}
 _OPERATORS = {"__contains__": operator.contains, "__getitem__": operator.getitem, "__len__": len}
 
 
@@ -83,7 +89,20 @@ def _type_of(module: str, name: str, constants: tuple[int, ...]) -> NativeType:
 
 @dataclass_transform()
 def native(cls: C) -> C:
-    """Give `cls` a constructor from its annotations and, unless interpreted, a struct of the same layout."""
+    """Make `cls` a struct in compiled code, too: its annotations are its fields and the arguments of its constructor.
+
+        @native
+        class Bucket:
+            base: word          # an int64, copied when the object enters compiled code
+            size: constant      # part of the type: the compiler sees the number
+
+            def slot(self, index):
+                return self.base + (index & (self.size - 1)) * 8
+
+    A field may also be another native class without constants. Methods, properties with setters, ``in``, indexing and
+    ``len`` compile when compiled code uses them; a class with constants is made in Python only. Fields are never stored
+    to from compiled code: a word that changes lives behind an address. Raises TypeError for any other annotation.
+    """
     fields = inspect.get_annotations(cls, eval_str=True)
     for name, kind in fields.items():
         nested = hasattr(kind, "_native_fields") and "constant" not in dict(kind._native_fields).values()

@@ -7,7 +7,8 @@ runs it all), `verify` (whether it is right). Beside them `guard` (hosts whose k
 `netfilter`, `neighbours` (hit marks), `ports`, `tap` and `punt` (packets to Linux).
 """
 
+from libfp.linux.conflict import Conflict
 from libfp.linux.host import Linux
 from libfp.linux.ports import PortPolicy
 
-__all__ = ["Linux", "PortPolicy"]
+__all__ = ["Conflict", "Linux", "PortPolicy"]

@@ -50,7 +50,7 @@ class Linux:
     otherwise than its routes say (netfilter, policy rules, XFRM, tc, a bridge), nothing is started; `bypass=True`
     starts nevertheless, and forwarded packets go past those policies.
 
-    applies: asked about each conflict (`libfp.linux.conflict.Conflict`) that the kernel's policies are, at the start
+    applies: asked about each conflict (`libfp.linux.Conflict`) that the kernel's policies are, at the start
     and whenever they are looked at again; True says that the application applies this policy itself, or has put it
     there, so that it is none. policy_changed: called in the mirror's thread when nftables or XFRM have changed, before
     that look; what it raises leaves all packets to Linux until the next change. take: filters (see
@@ -174,15 +174,15 @@ class Linux:
         return self.routes.stage_reasons
 
     def stage_tables(self) -> Iterable[Any]:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return self.routes.stage_tables()
 
     def stage_view(self, replica: Callable[[Any], Any]) -> Any:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return self.routes.stage_view(replica)
 
     def explain(self, next_hop: int, packet: bytes) -> str:
-        """See `libfp.engine.Pipeline.explain`."""
+        """See `libfp.Pipeline.explain`."""
         return explain(self.routes, self.mirror, next_hop, packet)
 
     def set_bypass(self, bypass: bool) -> None:

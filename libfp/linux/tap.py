@@ -71,7 +71,7 @@ class Tap:
     def __init__(self, name: str, index: int, mtu: int, *, tcx: bool = True) -> None:
         self.name, self.mtu = name, mtu
         with contextlib.ExitStack() as undo:
-            self.fd = _open(name)
+            self.fd = open_tap(name)
             undo.callback(os.close, self.fd)
             self.index = socket.if_nametoindex(name)
             _silence(name)
@@ -118,7 +118,7 @@ class Tap:
         self.close()
 
 
-def _open(name: str) -> int:
+def open_tap(name: str) -> int:
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

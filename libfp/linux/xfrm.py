@@ -15,7 +15,7 @@ from typing import NamedTuple
 from libfp.linux.netlink import NETLINK_XFRM, NLM_F_ACK, NLM_F_CREATE, Malformed, Message, Netlink, attributes
 
 GROUP_POLICY = 4
-NEWPOLICY, DELPOLICY, GETPOLICY, GETDEFAULT = 0x13, 0x14, 0x15, 0x28
+NEWPOLICY, DELPOLICY, GETPOLICY, UPDPOLICY, GETDEFAULT = 0x13, 0x14, 0x15, 0x19, 0x28
 BLOCK_BY_DEFAULT = 1
 DIRECTIONS, ACTIONS = ("in", "out", "fwd"), ("allow", "block")
 TEMPLATES, MARK, IF_ID = 5, 21, 31  # attributes; a template is 64 bytes
@@ -63,13 +63,14 @@ def blocks_by_default(netlink: Netlink) -> bool:
     return any(BLOCK_BY_DEFAULT in message.body[1:3] for message in answers if len(message.body) >= 3)
 
 
-def add(policy: Policy) -> None:
-    """Raises FileExistsError where the selector has another policy in this direction, OSError."""
+def add(policy: Policy, replace: bool = False) -> None:
+    """Add a policy. Where its selector has one in this direction, that is replaced, at once, or with `replace` false
+    FileExistsError is raised; otherwise OSError."""
     body = _selector(policy) + _FOREVER
     direction, action = DIRECTIONS.index(policy.direction), ACTIONS.index(policy.action)
     body += _INFO.pack(policy.priority, 0, direction, action, 0, 0)
     with Netlink(NETLINK_XFRM) as netlink:
-        netlink.ask(NEWPOLICY, body, NLM_F_ACK | NLM_F_CREATE)
+        netlink.ask(UPDPOLICY if replace else NEWPOLICY, body, NLM_F_ACK | NLM_F_CREATE)
 
 
 def remove(policy: Policy) -> bool:

@@ -49,6 +49,7 @@ from libfp.packet.headers import (
 )
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, HAND_OFF, KIND_SHIFT, PORT_MASK, PUNT, reason_code
 
+#: The most packets of a burst.
 BURST = 64
 FLAG, WORKER, WORKERS, LENDER, FIRST = range(24, 64, 8)
 FRAME, LENGTH, KIND, VERDICT, NEXT_HOP, KEY, MARK = 64, 576, 832, 1088, 1344, 1600, 1856
@@ -166,6 +167,7 @@ class Packet:
 
     @property
     def ethernet(self) -> Ethernet:
+        """The Ethernet header. Always there: `parse` drops shorter frames."""
         return Ethernet(self.data)
 
     @property
@@ -175,6 +177,7 @@ class Packet:
 
     @property
     def ipv4(self) -> Ipv4:
+        """The IPv4 header, where `is_ipv4`."""
         return Ipv4(self.l3)
 
     @property
@@ -184,6 +187,7 @@ class Packet:
 
     @property
     def ipv6(self) -> Ipv6:
+        """The IPv6 header, where `is_ipv6`."""
         return Ipv6(self.l3)
 
     def has_l4(self, protocol: int, size: int) -> bool:
@@ -208,6 +212,7 @@ class Packet:
 
     @property
     def udp(self) -> Udp:
+        """The UDP header, where `is_udp`."""
         return Udp(self.l4)
 
     @property
@@ -217,6 +222,7 @@ class Packet:
 
     @property
     def tcp(self) -> Tcp:
+        """The TCP header, where `is_tcp`."""
         return Tcp(self.l4)
 
     @property
@@ -231,6 +237,7 @@ class Packet:
 
     @property
     def icmp(self) -> Icmp:
+        """The ICMP or ICMPv6 header, where `is_icmp` or `is_icmpv6`."""
         return Icmp(self.l4)
 
     @property
@@ -289,6 +296,7 @@ class Burst:
 
     @property
     def count(self) -> int:
+        """How many packets there are; when a stage begins, all of them are live."""
         return load64(self.at)
 
     @count.setter
@@ -297,6 +305,7 @@ class Burst:
 
     @property
     def base(self) -> int:
+        """Address of the UMEM's frame 0."""
         return load64(self.at + 8)
 
     @base.setter
@@ -305,6 +314,7 @@ class Burst:
 
     @property
     def port(self) -> int:
+        """Index of the port they came in by."""
         return load64(self.at + 16)
 
     @port.setter
@@ -312,6 +322,7 @@ class Burst:
         store64(self.at + 16, value)
 
     def packet(self, i: int) -> Packet:
+        """Packet `i`."""
         return Packet(self.at, i)
 
     def data(self, i: int) -> int:
@@ -323,6 +334,7 @@ class Burst:
         return load64(self.at + FRAME + 8 * i)
 
     def length(self, i: int) -> int:
+        """Bytes in packet `i`'s frame, Ethernet header included."""
         return load32(self.at + LENGTH + 4 * i)
 
     def next_hop(self, i: int) -> int:
@@ -330,12 +342,15 @@ class Burst:
         return load32(self.at + NEXT_HOP + 4 * i)
 
     def is_ipv4(self, i: int) -> bool:
+        """See `Packet.is_ipv4`."""
         return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV4
 
     def is_ipv6(self, i: int) -> bool:
+        """See `Packet.is_ipv6`."""
         return load32(self.at + KIND + 4 * i) & 0xF == KIND_IPV6
 
     def is_live(self, i: int) -> bool:
+        """Packet `i` has no verdict yet."""
         return load32(self.at + VERDICT + 4 * i) == 0
 
     def settle(self, i: int, verdict: int) -> None:
@@ -344,23 +359,29 @@ class Burst:
 
     # not by way of the packet: each method that is given a reason is compiled once for each reason
     def drop(self, i: int, reason: str) -> None:
+        """See `Packet.drop`."""
         self.settle(i, (DROP << KIND_SHIFT) + reason_code(reason))
 
     def punt(self, i: int, reason: str) -> None:
+        """See `Packet.punt`."""
         self.settle(i, (PUNT << KIND_SHIFT) + reason_code(reason))
 
     def forward(self, i: int, port: int) -> None:
+        """See `Packet.forward`."""
         Packet(self.at, i).forward(port)
 
     @property
     def worker(self) -> int:
+        """See `Packet.worker`."""
         return load64(self.at + WORKER)
 
     @property
     def workers(self) -> int:
+        """See `Packet.workers`."""
         return load64(self.at + WORKERS)
 
     def hand_off(self, i: int, worker: int) -> None:
+        """See `Packet.hand_off`."""
         Packet(self.at, i).hand_off(worker)
 
     def begin(self, count: int) -> None:

@@ -24,6 +24,7 @@ class Ethernet:
 
     @property
     def dst(self) -> int:
+        """Where it goes."""
         return load16be(self.at) << 32 | load32be(self.at + 2)
 
     @dst.setter
@@ -33,6 +34,7 @@ class Ethernet:
 
     @property
     def src(self) -> int:
+        """Where it comes from."""
         return load16be(self.at + 6) << 32 | load32be(self.at + 8)
 
     @src.setter
@@ -42,6 +44,7 @@ class Ethernet:
 
     @property
     def type(self) -> int:
+        """The Ethertype, such as 0x0800 for IPv4."""
         return load16be(self.at + 12)
 
 
@@ -58,18 +61,22 @@ class Ipv4:
 
     @property
     def tos(self) -> int:
+        """The octet of DSCP and ECN (RFC 2474, RFC 3168)."""
         return load8(self.at + 1)
 
     @property
     def total_length(self) -> int:
+        """In bytes, the header included."""
         return load16be(self.at + 2)
 
     @property
     def identification(self) -> int:
+        """Which datagram a fragment belongs to."""
         return load16be(self.at + 4)
 
     @property
     def dont_fragment(self) -> bool:
+        """The DF bit."""
         return load8(self.at + 6) & 0x40 != 0
 
     @property
@@ -84,6 +91,7 @@ class Ipv4:
 
     @property
     def ttl(self) -> int:
+        """Hops it may still take."""
         return load8(self.at + 8)
 
     @ttl.setter
@@ -92,10 +100,12 @@ class Ipv4:
 
     @property
     def protocol(self) -> int:
+        """Of what follows the header: ICMP 1, TCP 6, UDP 17, ..."""
         return load8(self.at + 9)
 
     @property
     def checksum(self) -> int:
+        """Of the header."""
         return load16be(self.at + 10)
 
     @checksum.setter
@@ -104,6 +114,7 @@ class Ipv4:
 
     @property
     def src(self) -> int:
+        """The source address, a number below 2**32."""
         return load32be(self.at + 12)
 
     @src.setter
@@ -112,6 +123,7 @@ class Ipv4:
 
     @property
     def dst(self) -> int:
+        """The destination address, a number below 2**32."""
         return load32be(self.at + 16)
 
     @dst.setter
@@ -127,10 +139,12 @@ class Ipv6:
 
     @property
     def traffic_class(self) -> int:
+        """The octet of DSCP and ECN."""
         return load16be(self.at) >> 4 & 0xFF
 
     @property
     def flow_label(self) -> int:
+        """20 bits."""
         return load32be(self.at) & 0xFFFFF
 
     @property
@@ -140,10 +154,12 @@ class Ipv6:
 
     @property
     def next_header(self) -> int:
+        """The protocol of what follows this header, an extension header perhaps."""
         return load8(self.at + 6)
 
     @property
     def hop_limit(self) -> int:
+        """Hops it may still take."""
         return load8(self.at + 7)
 
     @hop_limit.setter
@@ -152,10 +168,12 @@ class Ipv6:
 
     @property
     def src(self) -> tuple[int, int]:
+        """The source address: its high and its low 64 bits, as int64 patterns."""
         return load64be(self.at + 8), load64be(self.at + 16)
 
     @property
     def dst(self) -> tuple[int, int]:
+        """The destination address, as `src` is given."""
         return load64be(self.at + 24), load64be(self.at + 32)
 
 
@@ -167,18 +185,22 @@ class Udp:
 
     @property
     def sport(self) -> int:
+        """The source port."""
         return load16be(self.at)
 
     @property
     def dport(self) -> int:
+        """The destination port."""
         return load16be(self.at + 2)
 
     @property
     def length(self) -> int:
+        """In bytes, these 8 included."""
         return load16be(self.at + 4)
 
     @property
     def checksum(self) -> int:
+        """0: there is none."""
         return load16be(self.at + 6)
 
 
@@ -190,18 +212,22 @@ class Tcp:
 
     @property
     def sport(self) -> int:
+        """The source port."""
         return load16be(self.at)
 
     @property
     def dport(self) -> int:
+        """The destination port."""
         return load16be(self.at + 2)
 
     @property
     def sequence(self) -> int:
+        """The sequence number of the first byte."""
         return load32be(self.at + 4)
 
     @property
     def acknowledgement(self) -> int:
+        """The sequence number that is expected next, where ACK is set."""
         return load32be(self.at + 8)
 
     @property
@@ -218,8 +244,10 @@ class Icmp:
 
     @property
     def type(self) -> int:
+        """Of ICMP: echo request 8, its reply 0; of ICMPv6: 128 and 129; ..."""
         return load8(self.at)
 
     @property
     def code(self) -> int:
+        """What kind of its type."""
         return load8(self.at + 1)

@@ -88,6 +88,7 @@ class OpenPort:
         )
 
     def close(self) -> None:
+        """Close the queue's socket, and what belongs to it."""
         self.resource.close()
 
 

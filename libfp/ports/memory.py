@@ -80,6 +80,7 @@ class Wire:
         return sent
 
     def close(self) -> None:
+        """Free the rings."""
         self._arena.close()
 
 
@@ -95,7 +96,7 @@ class MemoryPort:
 
     @staticmethod
     def open_all(ports: Sequence[MemoryPort], queue: int, frames: FrameMemory) -> list[OpenPort]:
-        """See `libfp.ports.frames.Port`."""
+        """See `Port`."""
         opened = []
         for port in ports:
             wire = port.wires[queue] = Wire(frames, port.ring_size, port.first_index)

@@ -175,6 +175,7 @@ class Capture:
         return Frame(at + head, kept, max(length, kept), time * times // over, first + interface)
 
     def close(self) -> None:
+        """Unmap the file; `data` is not to be used after."""
         if isinstance(self.data, mmap.mmap):
             self.data.close()
 

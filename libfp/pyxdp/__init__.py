@@ -11,7 +11,7 @@ on several ports that share one. Nothing here needs a compiler, numba or libxdp.
 
 from libfp.pyxdp.device import Device, look
 from libfp.pyxdp.group import Group
-from libfp.pyxdp.local import LocalAddresses
+from libfp.pyxdp.local import LocalAddresses, PrefixSet
 from libfp.pyxdp.rings import RingSizes
 from libfp.pyxdp.socket import Socket, Statistics
 from libfp.pyxdp.steer import Attachment, Steer
@@ -22,6 +22,7 @@ __all__ = [
     "Device",
     "Group",
     "LocalAddresses",
+    "PrefixSet",
     "RingSizes",
     "Socket",
     "Statistics",

@@ -1,11 +1,11 @@
 """The pin-hole grammar: which packets to take.
 
-filter    = condition { "and" condition }
-condition = "ip" | "ip6"                              any IPv4 packet, any IPv6 packet
-          | ("udp" | "tcp") { ("sport" | "dport") PORTS }
-          | "proto" ("icmp" | "udp" | "tcp" | "sctp" | "gre" | "esp" | "icmp6" | NUMBER)
-          | ("src" | "dst") PREFIX                    10.0.0.5, 198.51.100.0/24, 2001:db8::5 or 2001:db8::/32
-PORTS     = NUMBER [ "-" NUMBER ]                     4789 or 5000-5010
+    filter    = condition { "and" condition }
+    condition = "ip" | "ip6"                              any IPv4 packet, any IPv6 packet
+              | ("udp" | "tcp") { ("sport" | "dport") PORTS }
+              | "proto" ("icmp" | "udp" | "tcp" | "sctp" | "gre" | "esp" | "icmp6" | NUMBER)
+              | ("src" | "dst") PREFIX                    10.0.0.5, 198.51.100.0/24, 2001:db8::5 or 2001:db8::/32
+    PORTS     = NUMBER [ "-" NUMBER ]                     4789 or 5000-5010
 
 A filter that names no family ("ip", "ip6", a prefix) is for both. Of an IPv6 packet only the header itself is looked
 at: its next header is the protocol, so that UDP behind an extension header is no "udp".
@@ -18,6 +18,8 @@ import re
 from dataclasses import dataclass, replace
 
 from libfp.errors import BadInput
+
+__all__ = ["Filter", "parse_filter", "parse_prefix"]
 
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "icmp6": 58, "sctp": 132}
 _REMEDY = 'a filter reads like "udp dport 4789" or "src 10.0.0.0/8 and proto icmp"'

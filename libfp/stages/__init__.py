@@ -4,8 +4,9 @@
 
 from libfp.stages.flows import by_flow, flow_owner, symmetric_hash
 from libfp.stages.forwarding import forward, rewrite, route
+from libfp.stages.icmp import icmp_error
 from libfp.stages.parsing import parse, parse_again
-from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, out_port
+from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, RoutesView, out_port
 
 __all__ = [
     "Drop",
@@ -14,9 +15,11 @@ __all__ = [
     "NextHops",
     "Punt",
     "Routes",
+    "RoutesView",
     "by_flow",
     "flow_owner",
     "forward",
+    "icmp_error",
     "out_port",
     "parse",
     "parse_again",

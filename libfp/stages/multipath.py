@@ -32,7 +32,7 @@ _WITH_PORTS_128 = 1 << 132 - 128 | 1 << 136 - 128  # SCTP, UDP-Lite
 _ERRORS = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 11 | 1 << 12
 _PORTS = FIELD_SPORT | FIELD_DPORT
 _NO_NEIGHBOUR = (PUNT << KIND_SHIFT) + reason_code("no-neighbour")
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _FRAGMENT = 0xFF3F  # more fragments, or an offset: the 16 bits as the machine loads them
 
 
@@ -76,11 +76,11 @@ def flow4(ip: int, end: int, fields: int) -> int:
     protocol, l4, at = load8(ip + 9), ip + ((load8(ip) & 15) << 2), ip
     if load16(ip + 6) & _FRAGMENT != 0:
         fields &= FIELD_SRC | FIELD_DST
-    elif protocol == ICMP and fields & _PORTS == 0 and _is_error(l4, end - 20):
+    elif protocol == ICMP and fields & _PORTS == 0 and is_error(l4, end - 20):
         at = l4 + 8 if load8(l4 + 8) >> 4 == 4 else ip
     source = load32(at + 12) if fields & FIELD_SRC else 0
     destination = load32(at + 16) if fields & FIELD_DST else 0
-    return _both(source, destination) ^ _upper(fields, protocol, l4, end)
+    return both(source, destination) ^ upper(fields, protocol, l4, end)
 
 
 @kernel
@@ -90,28 +90,28 @@ def flow6(ip: int, fields: int) -> int:
     end = l4 + load16be(ip + 4)
     if protocol == FRAGMENT:
         fields &= FIELD_SRC | FIELD_DST
-    elif protocol == ICMPV6 and fields & _PORTS == 0 and _is_error6(l4, end):
+    elif protocol == ICMPV6 and fields & _PORTS == 0 and is_error6(l4, end):
         at = l4 + 8
         protocol = load8(at + 6)
-    source = load64(at + 8) ^ mul64(load64(at + 16), _ODD) if fields & FIELD_SRC else 0
-    destination = load64(at + 24) ^ mul64(load64(at + 32), _ODD) if fields & FIELD_DST else 0
+    source = load64(at + 8) ^ mul64(load64(at + 16), ODD) if fields & FIELD_SRC else 0
+    destination = load64(at + 24) ^ mul64(load64(at + 32), ODD) if fields & FIELD_DST else 0
     label = load32(at) & 0xFFFF0F00 if fields & FIELD_LABEL else 0
-    return _both(source, destination) ^ label << 24 ^ _upper(fields, protocol, l4, end)
+    return both(source, destination) ^ label << 24 ^ upper(fields, protocol, l4, end)
 
 
 @kernel
-def _upper(fields: int, protocol: int, l4: int, end: int) -> int:
+def upper(fields: int, protocol: int, l4: int, end: int) -> int:
     """Protocol and ports, as far as they belong to the flow."""
     key = protocol << 56 if fields & FIELD_PROTOCOL else 0
     known = _WITH_PORTS if protocol < 64 else _WITH_PORTS_128 if protocol >> 6 == 2 else 0
     if fields & _PORTS != 0 and shr64(known, protocol & 63) & 1 != 0 and l4 + 4 <= end:
         source, destination = load16be(l4), load16be(l4 + 2)
-        key ^= mul64(_both(source if fields & FIELD_SPORT else 0, destination if fields & FIELD_DPORT else 0), _ODD)
+        key ^= mul64(both(source if fields & FIELD_SPORT else 0, destination if fields & FIELD_DPORT else 0), ODD)
     return key
 
 
 @kernel
-def _is_error(l4: int, end: int) -> bool:
+def is_error(l4: int, end: int) -> bool:
     """Whether the ICMP message (RFC 792) at `l4` is about another packet, whose first 20 bytes end before `end`."""
     if l4 + 8 > end:
         return False
@@ -120,7 +120,7 @@ def _is_error(l4: int, end: int) -> bool:
 
 
 @kernel
-def _is_error6(l4: int, end: int) -> bool:
+def is_error6(l4: int, end: int) -> bool:
     """Whether the ICMPv6 message (RFC 4443) at `l4` is about another packet, whose header ends before `end`."""
     return l4 + 8 + IPV6_SIZE <= end and load8(l4) < 128 and load8(l4 + 8) >> 4 == 6
 
@@ -134,6 +134,6 @@ def mix(key: int, seed: int) -> int:
 
 
 @kernel
-def _both(a: int, b: int) -> int:
+def both(a: int, b: int) -> int:
     """A number that is the same for (b, a)."""
     return mul64(a + b, 0xC2B2AE3D27D4EB4F - (1 << 64)) ^ a ^ b

@@ -382,14 +382,17 @@ class RoutesView:
 
     @property
     def capacity(self) -> int:
+        """Next hops have indexes below this."""
         return self.next_hops.capacity
 
     @property
     def hits(self) -> int:
+        """Address of the hit marks, 32 bits a next hop: the worker stores `epoch` when it forwards by one."""
         return self.next_hops.hits
 
     @property
     def epoch(self) -> int:
+        """The control plane's present epoch, below 2**32."""
         return load64(self.next_hops.epoch_at)
 
     @property
@@ -497,7 +500,7 @@ class Routes:
         self.next_hops.set_word(_HASHING + version, fields)
 
     def explain(self, next_hop: int, packet: bytes) -> str:
-        """See `libfp.engine.Pipeline.explain`: the longest prefix, and what is done with what it covers."""
+        """See `libfp.Pipeline.explain`: the longest prefix, and what is done with what it covers."""
         found = self.match(packet)
         return f"{found[0]} {self.next_hops.actions.get(next_hop or found[1])}" if found is not None else ""
 
@@ -509,9 +512,9 @@ class Routes:
         return (self.fib if headers.version == 4 else self.fib6).match(headers.address(headers.dst))
 
     def stage_tables(self) -> tuple[Table, ...]:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return self.fib, self.fib6, self.next_hops
 
     def stage_view(self, replica: Callable[[Any], Any]) -> RoutesView:
-        """See `libfp.engine.decorator.Bindable`."""
+        """See `libfp.engine.Bindable`."""
         return RoutesView(replica(self.fib), replica(self.fib6), replica(self.next_hops))

@@ -9,6 +9,8 @@ from typing import Any
 from libfp.jit import load64, load_acquire32, u32
 from libfp.ports.rings import COMPLETION, CONSUMER, DESCS, FILL, MASK, OWN, PRODUCER, RX, TX
 
+__all__ = ["FrameAccount", "frame_account"]
+
 
 @dataclass(frozen=True)
 class FrameAccount:

@@ -16,8 +16,11 @@ import tempfile
 from contextlib import ExitStack
 from typing import Any, Literal, Self
 
-from libfp.engine.stats import Counters, attach
+from libfp.engine.stats import Counters, StatsReader, attach, instances
+from libfp.errors import NoSuchInstance
 from libfp.testing.netns import Host
+
+__all__ = ["Instance"]
 
 NICE = -15
 
@@ -45,7 +48,7 @@ class Instance:
         )
         undo.callback(self.kill)
         if prefer == "process":
-            _prefer(self.process.pid)
+            go_first(self.process.pid)
         self.name = str(self._answer()["name"])
         self._reader = attach(self.name)
         undo.callback(self._reader.close)
@@ -74,6 +77,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self.process.pid
 
     @property
@@ -84,6 +88,7 @@ class Instance:
 
     @property
     def counters(self) -> Counters:
+        """Its counters now."""
         return self._reader.counters()
 
     @property
@@ -119,12 +124,30 @@ class Instance:
         return self.process.wait(20)
 
     def kill(self) -> None:
+        """SIGKILL it, and wait for its end. May be called again."""
         self.process.kill()
         self.process.wait(10)
 
 
-def _prefer(pid: int) -> None:
+def go_first(pid: int) -> None:
+    """Let a process, and threads it will start, run before other work: tests share their few cores with much else, and
+    a receive ring holds a thousand packets, less than what a busy neighbour on the same core may take at once.
+
+    Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
+    """
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
         with open(f"/proc/{pid}/autogroup", "w") as group:
             group.write(str(NICE))
+
+
+def running(process: subprocess.Popen[Any]) -> StatsReader | None:
+    """The statistics of the instance in a process that may say nothing, once all its workers turn; None before."""
+    for name, (pid, _) in instances().items():
+        if pid == process.pid:
+            with contextlib.suppress(NoSuchInstance, OSError):
+                reader = attach(name)
+                if all(worker["heartbeat"] for worker in reader.counters().workers):
+                    return reader
+                reader.close()
+    return None

@@ -25,6 +25,8 @@ import numba
 from libfp.errors import Unsupported
 from libfp.jit import Arena, policy
 
+__all__ = ["Report", "check", "check_loop", "compile_afresh"]
+
 #: C functions without locks or system calls that LLVM puts in for copies of memory.
 ALLOWED = frozenset({"memcpy", "memmove", "memset"})
 

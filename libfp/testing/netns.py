@@ -318,6 +318,7 @@ class Host:
         return self.call(socket.if_nametoindex, name)
 
     def interfaces(self) -> list[str]:
+        """The names of its interfaces, the loopback included."""
         return [link.get_attr("IFLA_IFNAME") for link in self.netlink("get_links")]
 
     def mac(self, name: str) -> str:
@@ -335,12 +336,15 @@ class Host:
         return f"02:fb:00:{self._number:02x}:00:{next(self._macs):02x}"
 
     def up(self, name: str) -> None:
+        """Set an interface up."""
         self.netlink("link", "set", index=self.index(name), state="up")
 
     def down(self, name: str) -> None:
+        """Set an interface down."""
         self.netlink("link", "set", index=self.index(name), state="down")
 
     def set_mtu(self, name: str, mtu: int) -> None:
+        """Give an interface another MTU, in bytes."""
         self.netlink("link", "set", index=self.index(name), mtu=mtu)
 
     def address(self, name: str, address: str, command: str = "add", **kwargs: Any) -> None:

@@ -8,6 +8,8 @@ import struct
 import time
 from dataclasses import dataclass, field
 
+__all__ = ["PingResult", "internet_checksum", "ping"]
+
 ECHO_REQUEST, ECHO_REPLY, UNREACHABLE, TIME_EXCEEDED = 8, 0, 3, 11
 ECHO_REQUEST6, ECHO_REPLY6, UNREACHABLE6, TOO_BIG6, TIME_EXCEEDED6 = 128, 129, 1, 2, 3
 
@@ -37,6 +39,7 @@ class PingResult:
 
     @property
     def lost(self) -> int:
+        """Requests without a reply."""
         return self.sent - self.received
 
 

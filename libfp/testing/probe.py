@@ -17,6 +17,8 @@ from typing import Self
 
 from libfp.testing.netns import Host
 
+__all__ = ["Arrivals", "IcmpError", "Trickle", "Wire", "udp_probe"]
+
 ETH_P_ALL = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, DONT, PROBE = 10, 23, 0, 3
@@ -39,6 +41,7 @@ class Wire:
         self._socket.bind((interface, ETH_P_ALL))
 
     def send(self, *frames: bytes) -> None:
+        """Put frames on the wire, in order."""
         for frame in frames:
             self._socket.send(frame)
 
@@ -55,6 +58,7 @@ class Wire:
         return None
 
     def close(self) -> None:
+        """Close the socket."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -140,6 +144,7 @@ class Arrivals:
             self._taken[int.from_bytes(data[:8], "big")] = seconds + nanoseconds / 1e9
 
     def close(self) -> None:
+        """Close the socket; what `take` has returned stays."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -172,6 +177,7 @@ class Trickle:
                 self.errors += 1
 
     def stop(self) -> None:
+        """Send no more, and wait until the sender has ended."""
         self._stop.set()
         self._thread.join()
 

@@ -1,11 +1,11 @@
 """`fp router`, or another application, between namespaces: the process, the network around it, and what it could have
 left behind.
 
-with Lab() as lab:
-    net = Crossroads(lab)
-    with RouterProcess(net.router, "r0", "r1", "r2") as router:
-        assert net.client.ping(net.SERVER).received == 3
-        assert router.counters().forwarded
+    with Lab() as lab:
+        net = Crossroads(lab)
+        with RouterProcess(net.router, "r0", "r1", "r2") as router:
+            assert net.client.ping(net.SERVER).received == 3
+            assert router.counters().forwarded
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, Self
 from libfp.engine.stats import Counters, StatsReader, attach
 from libfp.pyxdp.device import look
 from libfp.pyxdp.ethtool import Ethtool
+from libfp.testing.instance import go_first
 from libfp.testing.netns import Host, Lab
 from libfp.testing.wait import wait_until
 
@@ -85,18 +86,6 @@ class Crossroads:
         return host
 
 
-def _prefer(pid: int) -> None:
-    """Let a process, and threads it will start, run before other work: tests share their few cores with much else, and
-    a receive ring holds a thousand packets, less than what a busy neighbour on the same core may take at once.
-
-    Where sessions are scheduled as groups (autogroup), it is the group that needs the priority.
-    """
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, -15)
-        with open(f"/proc/{pid}/autogroup", "w") as group:
-            group.write("-15")
-
-
 class AppProcess:
     """``fp APPLICATION ARGUMENTS --json`` inside a host; ready when the constructor returns, unless `wait` is false.
 
@@ -128,7 +117,7 @@ class AppProcess:
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # Ctrl-C in a terminal is for the test, which then ends this in order
         )
-        _prefer(self.process.pid)
+        go_first(self.process.pid)
         self._thread = threading.Thread(target=self._listen, name="fp-events", daemon=True)
         self._thread.start()
         if wait:

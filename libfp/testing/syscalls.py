@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+__all__ = ["Syscalls", "count_syscalls"]
+
 T = TypeVar("T")
 
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
@@ -44,6 +46,7 @@ class Syscalls(Generic[T]):
 
     @property
     def total(self) -> int:
+        """Calls in all."""
         return sum(self.calls.values())
 
 

@@ -20,6 +20,8 @@ from libfp.jit.memory import view
 from libfp.jit.primitive import signed64
 from libfp.tables.table import Table
 
+__all__ = ["catch_up", "check_ring", "check_table", "same_words"]
+
 
 def check_ring(ring: Any, *, steps: int = 200, seed: int = 0) -> None:
     """Drive an empty ring (`libfp.rings`) from one thread, `steps` calls of every kind, against a deque."""

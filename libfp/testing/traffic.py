@@ -26,6 +26,8 @@ from typing import Any
 from libfp.testing.netns import Host
 from libfp.testing.wait import wait_until
 
+__all__ = ["StreamResult", "TcpResult", "UdpStream", "stream_by", "tcp_transfer"]
+
 
 @dataclass(frozen=True)
 class TcpResult:
@@ -37,6 +39,7 @@ class TcpResult:
 
     @property
     def mbit_s(self) -> float:
+        """Payload bits a second, in millions."""
         return self.bytes * 8 / self.seconds / 1e6
 
 
@@ -149,14 +152,17 @@ class StreamResult:
 
     @property
     def lost(self) -> int:
+        """Datagrams sent and not received."""
         return self.offered - self.received
 
     @property
     def offered_rate(self) -> float:
+        """Datagrams sent a second."""
         return self.offered / self.seconds
 
     @property
     def received_rate(self) -> float:
+        """Datagrams received a second."""
         return self.received / self.seconds
 
 
@@ -196,14 +202,17 @@ class UdpStream:
 
     @property
     def sent(self) -> int:
+        """Datagrams sent so far."""
         return int(self._sender.get("sent"))
 
     @property
     def received(self) -> int:
+        """Datagrams received so far."""
         return int(self._receiver.get("received"))
 
     @property
     def running(self) -> bool:
+        """The sender has not ended."""
         return self._sender.process.poll() is None
 
     def wait(self, timeout: float | None = None) -> StreamResult:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from libfp.engine.stats import attach, instances
-from libfp.errors import NoSuchInstance
+from libfp.testing.instance import running
 from libfp.testing.netns import Lab, wait_until
 
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -41,19 +40,10 @@ def lab(request):
         yield client, router, server
 
 
-def running(process):
-    """The statistics of the instance in that process, once its workers turn."""
+def statistics(process):
+    """Of the program's instance, once its workers turn."""
     assert process.poll() is None, process.stderr.read()
-    for name, (pid, _) in instances().items():
-        if pid == process.pid:
-            try:
-                reader = attach(name)
-            except (NoSuchInstance, OSError):
-                continue
-            if all(worker["heartbeat"] for worker in reader.counters().workers):
-                return reader
-            reader.close()
-    return None
+    return running(process)
 
 
 @pytest.mark.timeout(120)
@@ -64,7 +54,7 @@ def test_the_application(lab, workers):
     code, replaced = re.subn(r"cores=\[2, 3\]", f"cores={cores}", APPLICATION)
     assert replaced == 1
     process = router.popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    reader = wait_until(lambda: running(process), 60, "the application to run")
+    reader = wait_until(lambda: statistics(process), 60, "the application to run")
     assert client.ping("10.0.2.2").received == 3
     wait_until(lambda: client.ping("10.0.2.2", 1, source="192.0.2.7", timeout=0.1).received == 0, 5, "the block")
     assert reader.counters()["denied"] >= 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
 from collections.abc import Callable
 from typing import Any, Self
@@ -20,6 +19,7 @@ from libfp.engine.stats import instances
 from libfp.testing.instance import Instance
 from libfp.testing.netns import wait_until
 from libfp.testing.traffic import UdpStream, stream_by
+from tests.netns.conftest import workers as workers  # the fixture: one, then two
 
 pytestmark = pytest.mark.timeout(300)  # a router that nobody has compiled yet takes its time to start
 
@@ -28,14 +28,6 @@ wait_for = functools.partial(wait_until, timeout=20.0)
 RATE = 20_000  # datagrams a second, through one worker
 SHARED_RATE = 4_000  # through each of several, which leave the ends of the traffic no core to themselves
 INTERFACES = {"lo", "r0", "r1"}
-
-
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
-def workers(request: pytest.FixtureRequest) -> int:
-    count: int = request.param
-    if len(os.sched_getaffinity(0)) < count:
-        pytest.skip(f"{count} workers need as many cores")
-    return count
 
 
 class Flows:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from libfp import Pipeline, stage
+from libfp.apps.firewall.conntrack import Connections
+from libfp.apps.firewall.filtering import filter as filtering
+from libfp.apps.firewall.hits import Hits
 from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
 from libfp.packet.burst import Burst
 from libfp.rings import Mpmc, Mpsc, Spsc
-from libfp.stages import Routes, by_flow, forward, parse
+from libfp.stages import Routes, by_flow, forward, parse, rewrite, route
 from libfp.tables import Acl, Flow, Hash
 from libfp.testing.machine_code import Report, check, check_loop, compile_afresh
 
@@ -79,6 +82,17 @@ def test_no_lock_and_no_call_where_packets_are_handed_off() -> None:
     assert report.indirect == 0, report.where
     assert report.calls <= {"memcpy"}
     for part in ("loop", "lend", "take_back", "give_back"):
+        assert part in short(report.functions), "or it was not read, and nothing is proven"
+
+
+def test_no_lock_and_no_call_in_the_firewalls_loop() -> None:
+    routes, acls, hits, connections = Routes(routes=1000, next_hops=16), (Acl(8), Acl(8, "ipv6")), Hits(), Connections()
+    stages = parse, by_flow, route(routes), filtering(routes, *acls, hits, connections), rewrite(routes)
+    report = check_loop(Pipeline(*stages))
+    assert report.findings == ()
+    assert report.indirect == 0, report.where
+    assert report.calls <= {"memcpy"}
+    for part in ("tcp_packet", "read4", "find_lines", "acl", "_unknown", "rewrite"):
         assert part in short(report.functions), "or it was not read, and nothing is proven"
 
 

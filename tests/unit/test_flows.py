@@ -13,7 +13,7 @@ from libfp.jit import Arena, load32, store32, store64
 from libfp.packet.burst import FRAME, LENGTH, VERDICT, WORKER, WORKERS, BurstMemory
 from libfp.packet.verdict import HAND_OFF, KIND_SHIFT
 from libfp.stages import by_flow, flow_owner, parse, symmetric_hash
-from libfp.testing import icmp_echo, ipv4, ipv6, tcp, udp
+from libfp.testing import icmp_echo, icmp_error, ipv4, ipv6, tcp, udp
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -101,6 +101,45 @@ def test_fragments_go_by_addresses_only(told: Told) -> None:
          ipv4(b"rest of it", protocol=17, fragment_offset=8, **ends), udp(more_fragments=True, **back)]
     )  # fmt: skip
     assert first == again == later == answer
+
+
+def about(frame: bytes, kind: int, size: int, code: int = 0) -> bytes:
+    """A router's ICMP error of that type about a frame's packet, of which it quotes `size` bytes at most."""
+    message = bytes([kind, code]) + bytes(6) + frame[14 : 14 + size]
+    if frame[12:14] == b"\x86\xdd":
+        return ipv6(message, next_header=58, src="2001:db8:99::1", dst="2001:db8::1")
+    return ipv4(message, protocol=1, src="192.0.2.99", dst="10.0.0.1")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_errors_go_where_the_flow_goes_that_they_are_about(told: Told, version: int) -> None:
+    dice = random.Random(version)
+    kinds, header = ([3, 4, 5, 11, 12], 20) if version == 4 else ([1, 2, 3, 4], 40)
+    for make in (udp, tcp):
+        for _ in range(20):
+            there, back = (make(b"payload", **one) for one in flow(dice, version))
+            frames = [about(one, kind, size) for one in (there, back) for kind in kinds for size in (header + 4, 100)]
+            assert set(told(frames)) == set(told([there])) == set(told([back]))
+    whole, cut = told([there, about(there, kinds[0], header + 3)])
+    assert cut[0] not in (whole[0], 0), "without ports, by what there is"
+    for size in range(header):
+        assert told([about(there, kinds[0], size)]) == told([about(back, kinds[0], size)]), "by their own addresses"
+
+
+def test_what_errors_quote_may_be_any_packet(told: Told) -> None:
+    ends = {"src": "10.0.0.1", "dst": "10.0.0.2"}
+    ping, pinged, other = told(
+        [icmp_echo(identifier=7, **ends), icmp_error(icmp_echo(identifier=7, **ends)), icmp_error(udp(**ends))]
+    )
+    assert ping == pinged != other
+    first, cut, later, quoted = told(
+        [udp(sport=1, dport=2, **ends), icmp_error(udp(sport=1, dport=2, more_fragments=True, **ends)),
+         ipv4(b"rest of it", protocol=17, fragment_offset=8, **ends),
+         icmp_error(ipv4(b"rest of it", protocol=17, fragment_offset=8, **ends))]
+    )  # fmt: skip
+    assert (first, later) == (cut, quoted)
+    strange = ipv4(b"", protocol=17, header_words=2, checksum=0, **ends)
+    assert told([icmp_error(strange)]) != told([icmp_error(udp(**ends))])
 
 
 ARP = bytes(12) + b"\x08\x06" + bytes(46)

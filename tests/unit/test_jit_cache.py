@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -133,6 +134,21 @@ def age(path: Path, accessed: float, modified: float) -> None:
     os.utime(path, (now - 86400 * accessed, now - 86400 * modified))
 
 
+PROGRAM = """
+from libfp.jit import cache, kernel
+scope = {"__name__": "nowhere"}
+exec("def twice(x):\\n    return 2 * x", scope)
+source = "from libfp.jit.policy import cached_kernel\\n@cached_kernel\\ndef g(x):\\n    return twice(x)\\n"
+module = cache.generate("probe", source, "", {"twice": kernel(scope["twice"])})
+print(module.g(21), sum(module.g.stats.cache_hits.values()))
+"""
+
+
+def test_functions_of_no_module_are_loaded_again(folder: Path) -> None:
+    runs = [subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True) for _ in range(2)]
+    assert [run.stdout for run in runs] == ["42 0\n", "42 1\n"], runs[-1].stderr
+
+
 def test_prunes_what_nobody_has_used_for_thirty_days(folder: Path) -> None:
     used, unused = (cache.generate("probe", f"x = {n}\n", "") for n in (1, 2))
     compiled = {module: folder / "__pycache__" / f"{module.__name__}.entry-8.py311.nbi" for module in (used, unused)}
@@ -189,7 +205,7 @@ def test_every_hot_folder_is_in_the_digest(monkeypatch: pytest.MonkeyPatch, tmp_
     with_kernels = {
         path.relative_to(package).parts[0] for path in package.glob("*/**/*.py") if "@kernel" in path.read_text()
     }
-    assert with_kernels <= {*cache._HOT, "testing"}
+    assert with_kernels <= {*cache._HOT, "testing", "apps"}, "applications are hashed as a user's own stages are"
 
 
 def test_the_processor_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,17 @@ from typing import Any
 import click
 import pytest
 
-import libfp.apps.router
+import libfp.apps
 from libfp.apps.router.cli import router
 from libfp.cli import config, journal, main
 from libfp.cli.service import Service, notify, watchdog
 from libfp.errors import BadInput
 
-UNIT = Path(libfp.apps.router.__file__).parent / "libfp-router.service"
+APPS = ("router", "firewall")
+
+
+def unit_of(app: str) -> Path:
+    return Path(libfp.apps.__file__).parent / app / f"libfp-{app}.service"
 
 
 def read(path: Path, text: str) -> dict[str, Any]:
@@ -232,15 +236,17 @@ def test_records_of_the_log_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs the program systemd-analyze")
-def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/usr/local/bin/fp", sys.executable))
+@pytest.mark.parametrize("app", APPS)
+def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, app: str) -> None:
+    unit = tmp_path / unit_of(app).name
+    unit.write_text(unit_of(app).read_text().replace("/usr/local/bin/fp", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_says_what_the_router_does() -> None:
-    text = UNIT.read_text()
+@pytest.mark.parametrize("app", APPS)
+def test_the_unit_says_what_the_application_does(app: str) -> None:
+    text = unit_of(app).read_text()
     for line in ("Type=notify", "WatchdogSec=10", "RestartPreventExitStatus=2", "ExecReload=/bin/kill -HUP $MAINPID"):
         assert line in text.splitlines()
-    assert "fp router --config /etc/libfp/router.toml" in text
+    assert f"fp {app} --config /etc/libfp/{app}.toml" in text

@@ -449,8 +449,10 @@ def test_wait_ends_with_stop(start: Any) -> None:
 
 def test_wait_for_a_while(start: Any) -> None:
     app = start(two())
-    app.wait(0.01)
+    assert app.wait(0.01), "it runs on"
     assert app.workers[0].running
+    app.stop()
+    assert not app.wait(5)
 
 
 def test_wait_tells_of_a_failed_worker(start: Any) -> None:
@@ -516,7 +518,8 @@ def tell():
 
 with Pipeline(parse).start([MemoryPort("a")], name=sys.argv[1]) as app:
     threading.Thread(target=tell).start()
-    app.wait()
+    while app.wait(60):
+        pass
     print("waited", app.workers[0].running, flush=True)
 print("left", app.workers[0].running, flush=True)
 """

@@ -1,0 +1,224 @@
+"""ESP that comes in (RFC 4303 section 3.4): `to_sa`, which gives each packet to its SA's worker, and `decrypt`.
+
+Nothing moves a window but a packet whose ICV has been verified.
+"""
+
+from __future__ import annotations
+
+from libfp.apps.ipsec import libcrypto
+from libfp.apps.ipsec.ecn import combine, traffic_class
+from libfp.apps.ipsec.policies import PROTECT, PoliciesView
+from libfp.apps.ipsec.record import (
+    BAD_ICV,
+    BAD_PADDING,
+    BYTES,
+    ESN,
+    ESP,
+    ESP_HEADER,
+    FLAGS,
+    ICV_SIZE,
+    IV_SIZE,
+    LEAST,
+    LOCAL,
+    MALFORMED,
+    PACKETS,
+    REPLAYED,
+    SELECTOR,
+    TUNNEL,
+    WINDOW,
+    SasView,
+    count,
+    is_to_local4,
+    is_to_local6,
+    owner_of,
+)
+from libfp.apps.ipsec.replay import Window
+from libfp.engine.decorator import stage
+from libfp.jit import (
+    kernel,
+    load8,
+    load16be,
+    load32,
+    load32be,
+    load64,
+    shr64,
+    store16be,
+    store32,
+    store32be,
+    store64,
+    unlikely,
+)
+from libfp.packet.burst import Burst, Packet
+from libfp.packet.checksum import checksum
+from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, IPV6_SIZE
+from libfp.stages.parsing import parse_again
+
+_IPV4, _IPV6, _NOTHING = 4, 41, 59  # next headers: RFC 4303 section 2.6
+
+
+@stage
+def to_sa(packet: Packet, sas: SasView) -> None:
+    """Hand ESP packets to the worker that has their SA."""
+    ip = packet.l3
+    at = esp_of(packet, sas, ip)
+    if unlikely(at != 0) and at + 4 <= end_of(ip):
+        record = sas.find(load32be(at))
+        if record != 0:
+            packet.hand_off(owner_of(record, Burst(packet.burst)))
+
+
+@stage.burst
+def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
+    """Decrypt ESP packets to the local ends of tunnels, and go on with the packets that they hold, kept from Linux.
+
+    Dropped, each by its name: what is a fragment, too short or of no whole words, of an unknown SPI, of a sequence
+    number that is old or has been seen; then what does not decrypt, whose padding is wrong, that holds no sound IP
+    packet, or one that is not for the policies of its tunnel. Packets that are no ESP, or not to us, pass.
+    """
+    for i in range(burst.count):
+        packet = burst.packet(i)
+        at = esp_of(packet, sas, packet.l3)
+        if unlikely(at != 0):
+            receive(burst, i, at, sas, policies)
+
+
+@kernel
+def esp_of(packet: Packet, sas: SasView, ip: int) -> int:
+    """Where the ESP header is of a packet to one of the local ends of tunnels; 0 if it is none. A fragment, too."""
+    if packet.is_ipv4:
+        return ip + ((load8(ip) & 15) << 2) if load8(ip + 9) == ESP and is_to_local4(sas, ip) else 0
+    if packet.is_ipv6:
+        following = load8(ip + 6)
+        if following == FRAGMENT and load16be(ip + 4) >= 8:
+            following = load8(ip + IPV6_SIZE)
+        return ip + IPV6_SIZE if following == ESP and is_to_local6(sas, ip) else 0
+    return 0
+
+
+@kernel
+def end_of(ip: int) -> int:
+    """The end of the sound IP packet at `ip`."""
+    return ip + (IPV6_SIZE + load16be(ip + 4) if load8(ip) >> 4 == 6 else load16be(ip + 2))
+
+
+@kernel
+def is_fragment(ip: int) -> bool:
+    """Whether the IP packet at `ip` is one of several."""
+    return load8(ip + 6) == FRAGMENT if load8(ip) >> 4 == 6 else load16be(ip + 6) & 0x3FFF != 0
+
+
+@kernel
+def receive(burst: Burst, i: int, at: int, sas: SasView, policies: PoliciesView) -> None:
+    """Packet `i`, with its ESP header at `at`: the inner packet, or a verdict."""
+    ip = burst.packet(i).l3
+    end = end_of(ip)
+    if is_fragment(ip):
+        burst.drop(i, "esp-fragment")
+    elif end - at < LEAST:
+        burst.drop(i, "esp-truncated")
+    elif end - at & 3 != 0:
+        burst.drop(i, "esp-alignment")
+    elif load8(ip) >> 4 == 4 and checksum(ip, at - ip) != 0:
+        burst.drop(i, "ipv4-checksum")
+    else:
+        record = sas.find(load32be(at))
+        if record == 0 or not is_local_end(record, ip):
+            burst.drop(i, "esp-unknown-spi")
+        elif owner_of(record, burst) != burst.worker:
+            burst.drop(i, "esp-owner")  # `to_sa` has not been asked
+        else:
+            verify(burst, i, at, end, record, sas, policies)
+
+
+@kernel
+def is_local_end(record: int, ip: int) -> bool:
+    """Whether the packet at `ip` goes to the SA's local address."""
+    if load8(ip) >> 4 == 4:
+        return load32(ip + 16) == load64(record + LOCAL) and load64(record + LOCAL + 8) == 0
+    return load64(ip + 24) == load64(record + LOCAL) and load64(ip + 32) == load64(record + LOCAL + 8)
+
+
+@kernel
+def verify(burst: Burst, i: int, at: int, end: int, record: int, sas: SasView, policies: PoliciesView) -> None:
+    """Decrypt what the SA's window may take."""
+    window, low, extended = Window(record + WINDOW), load32be(at + 4), load64(record + FLAGS) & ESN != 0
+    sequence = window.infer(low) if extended else low
+    if not window.is_new(sequence):
+        count(record, REPLAYED, 1)
+        burst.drop(i, "esp-replayed")
+        return
+    store64(record + libcrypto.NONCE + 4, load64(at + ESP_HEADER))
+    aad = associate(record, at, sequence, extended)
+    data = at + ESP_HEADER + IV_SIZE
+    size = end - ICV_SIZE - data
+    if not libcrypto.decrypt(sas.functions, record, record + libcrypto.AAD, aad, data, size, end - ICV_SIZE):
+        count(record, BAD_ICV, 1)
+        burst.drop(i, "esp-bad-icv")
+        return
+    window.accept(sequence)
+    unwrap(burst, i, data, size, record, policies)
+
+
+@kernel
+def associate(record: int, at: int, sequence: int, extended: bool) -> int:
+    """Write the AAD of RFC 4106 section 5 for the ESP header at `at`; its size."""
+    store32(record + libcrypto.AAD, load32(at))
+    if extended:
+        store32be(record + libcrypto.AAD + 4, shr64(sequence, 32))
+        store32(record + libcrypto.AAD + 8, load32(at + 4))
+        return 12
+    store32(record + libcrypto.AAD + 4, load32(at + 4))
+    return 8
+
+
+@kernel
+def is_padded(data: int, size: int) -> bool:
+    """Whether the padding of `size` decrypted bytes at `data` is 1, 2, 3, ...: RFC 4303 section 2.4."""
+    padding = load8(data + size - 2)
+    if padding > size - 2:
+        return False
+    at, wrong = data + size - 2 - padding, 0
+    for k in range(padding):
+        wrong |= load8(at + k) ^ (k + 1)
+    return wrong == 0
+
+
+@kernel
+def unwrap(burst: Burst, i: int, data: int, size: int, record: int, policies: PoliciesView) -> None:
+    """Make packet `i` the one in the `size` verified bytes at `data`."""
+    packet, following = burst.packet(i), load8(data + size - 1)
+    if not is_padded(data, size):
+        count(record, BAD_PADDING, 1)
+        burst.drop(i, "esp-bad-padding")
+        return
+    if following != _IPV4 and following != _IPV6:
+        count(record, MALFORMED, 1)
+        if following == _NOTHING:
+            burst.drop(i, "esp-dummy")
+        else:
+            burst.drop(i, "esp-next-header")
+        return
+    outer, old = traffic_class(packet.l3), packet.data
+    size -= 2 + load8(data + size - 2)
+    at = data - ETHERNET_SIZE
+    store64(at, load64(old))  # the addresses, which `forward` replaces
+    store32(at + 8, load32(old + 8))
+    store16be(at + 12, ETHERTYPE_IPV4 if following == _IPV4 else ETHERTYPE_IPV6)
+    packet.adj(at - old)
+    packet.trim(packet.length - ETHERNET_SIZE - size)
+    packet.keep()
+    parse_again(burst, i)
+    if not burst.is_live(i):
+        count(record, MALFORMED, 1)
+        return
+    ip = packet.l3
+    packet.trim(packet.data + packet.length - end_of(ip))  # what conceals the length: RFC 4303 section 2.7
+    if policies.inbound(ip) != load64(record + TUNNEL) << 2 | PROTECT:
+        count(record, SELECTOR, 1)
+        burst.drop(i, "esp-selector")
+    elif not combine(outer, ip):
+        count(record, MALFORMED, 1)
+        burst.drop(i, "esp-ecn")
+    else:
+        count(record, PACKETS, 1)
+        count(record, BYTES, size)
