@@ -117,7 +117,9 @@ class MemifPort:
             port._open()
         opened: list[OpenPort] = []
         for port in ports:
-            opened.append(OpenMemif(port.wire, queue, MemifBlock(frames.frames, opened[0].resource if opened else None)))
+            opened.append(
+                OpenMemif(port.wire, queue, MemifBlock(frames.frames, opened[0].resource if opened else None))
+            )
         return opened
 
     def _open(self) -> None:

@@ -203,7 +203,9 @@ class Listener(Control):
     def _find(self, one: _Connection, number: int) -> Offer:
         wire = self.ports.get(number)
         if wire is None:
-            raise PeerUnsuitable(f"no interface {number} here", f"there are {', '.join(map(str, self.ports)) or 'none'}")
+            raise PeerUnsuitable(
+                f"no interface {number} here", f"there are {', '.join(map(str, self.ports)) or 'none'}"
+            )
         if any(other.wire is wire for other in self._connections):
             raise PeerUnsuitable(f"interface {number} has a peer already", "one peer an id")
         wire.wait_free()
@@ -257,7 +259,9 @@ class Dialler(Control):
         except OSError as error:
             sock.close()
             if error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN):
-                self.wire.failed(BadInput(f"cannot connect to {shown(self.address)}: {error.strerror}", "name a socket"))
+                self.wire.failed(
+                    BadInput(f"cannot connect to {shown(self.address)}: {error.strerror}", "name a socket")
+                )
         else:
             self._connections.append(_Connection(sock, ClientSession(self.wire.offer), self.wire))
 

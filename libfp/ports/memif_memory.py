@@ -169,5 +169,3 @@ def buffer_sizes(regions: list[Region], ring: Ring) -> set[int]:
     """Of the buffers that a ring's descriptors describe now; without those that have not been filled in yet."""
     at = regions[ring.region].address + ring.offset + DESCS
     return {load32(at + 16 * slot + 4) for slot in range(ring.size)} - {0}
-
-

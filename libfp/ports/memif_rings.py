@@ -231,6 +231,9 @@ class MemifRings:
             more = first & NEXT != 0
             used += 1
         burst.count = 0
+        if not more or used > mask:
+            for i in range(used):  # DPDK 22.11 never takes NEXT back itself: its next packet here would be a chain
+                store16(descs + 16 * ((own + i) & mask), 0)
         if not more and sound and total > 0:
             self.rest_of(frame, 0, 0)
             store64(columns + FRAME, frame + HEADROOM)
@@ -293,19 +296,23 @@ class MemifRings:
 
     def find_room(self, own: int) -> bool:
         """Look how many packets more may be sent, if each fits a buffer, and keep the end of that in TX's CACHED."""
+        at = self.at
+        room = self.room(load64(at + SEEN), load64(at + TX_NEXT))
+        room = min(max(room, own), STAGE)
+        store64(at + TX + CACHED, room)
+        return room > own
+
+    def room(self, link: int, following: int) -> int:
+        """Look how many buffers there are for what is sent from index `following` on, and keep their end."""
         at, room = self.at, 0
-        link = load64(at + SEEN)
         if link != 0 and load64(at + BROKEN) != link:
-            following = load64(at + TX_NEXT)
             limit = load_acquire16(load64(link + LINK_TX + THEIRS)) + load64(link + LINK_TX + BIAS)
             room = (limit - following) & 0xFFFF
             if unlikely(room > load64(link + LINK_TX + MASK) + 1):
                 store_release64(at + BROKEN, link)
                 room = 0
             store64(at + TX_LIMIT, following + room)
-        room = min(max(room, own), STAGE)
-        store64(at + TX + CACHED, room)
-        return room > own
+        return room
 
     def reclaim(self, free: FreeFrames) -> None:
         """Make room for more: what has been sent so far is copied now."""
@@ -321,21 +328,27 @@ class MemifRings:
         if staged == 0:
             return
         link, done, following = load64(at + SEEN), 0, load64(at + TX_NEXT)
-        room = (load64(at + TX_LIMIT) - following) & 0xFFFF if link != 0 and load64(at + BROKEN) != link else 0
-        lost = 0
-        while done < staged and room > 0:
+        fresh = link == 0 or load64(at + BROKEN) == link
+        room = 0 if fresh else (load64(at + TX_LIMIT) - following) & 0xFFFF
+        while done < staged and (room != 0 or not fresh):
             count = min(staged - done, room, BATCH)
             sound = self.aim(link, following, count)
             put = self.put(link, following, done, sound)
             done, following, room = done + put, following + put, room - put
             if put < sound:  # one that does not fit its buffer
                 slots = self.put_long(link, following, done, room)
-                if slots == 0:
-                    break
-                done, following, room = done + 1, following + slots, room - slots
+                if slots != 0:
+                    done, following, room = done + 1, following + slots, room - slots
+                    continue
             elif sound < count:
                 store_release64(at + BROKEN, link)
                 break
+            elif room != 0:
+                continue
+            if fresh or done == staged:
+                break
+            fresh = True
+            room = self.room(link, following)
         if done < staged:
             self.lose(done)
         if done > 0:

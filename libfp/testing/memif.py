@@ -1,9 +1,9 @@
 """The far end of a memif port, in plain Python: for tests of pipelines on `MemifPort`s, and of the ports themselves.
 
-    with MemifPeer("peer", socket="@wire", role="client") as peer:
-        peer.wait()
-        peer.send([packet])
-        assert peer.receive() == [packet]
+with MemifPeer("peer", socket="@wire", role="client") as peer:
+    peer.wait()
+    peer.send([packet])
+    assert peer.receive() == [packet]
 """
 
 from __future__ import annotations
