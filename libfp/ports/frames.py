@@ -9,7 +9,6 @@ from libfp.jit import Arena, store64
 from libfp.jit import memory as _memory
 from libfp.ports.rings import STACK, FreeFrames, PortBlocks, RingAddresses
 
-
 #: Bytes of a packet that a stage may look at that says it looks at headers only (`libfp.stage.headers_only`).
 HEADERS = 192
 

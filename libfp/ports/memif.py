@@ -42,7 +42,6 @@ from libfp.ports.memif_rings import (
     ROOM,
     SPLIT,
     STAGE,
-    STAGE_MASK,
     TARGETS,
     WATCHED,
     WHOLE,
@@ -51,7 +50,7 @@ from libfp.ports.memif_rings import (
 )
 from libfp.ports.memif_session import Offer
 from libfp.ports.memif_wire import Wire
-from libfp.ports.rings import BLOCK, COUNTERS, DESCS, TX, PortBlocks
+from libfp.ports.rings import BLOCK, COUNTERS, DESCS, MASK, TX, PortBlocks
 
 LEAST = 1514  # bytes of a packet that frames must hold
 
@@ -62,7 +61,8 @@ class MemifPort:
     role: the server listens and the client connects (again, whenever the server has gone); the client makes the shared
     memory: `ring_size` packets in each ring, a power of 2, of `buffer_size` bytes each, longer ones in several. To a
     server that is the client's affair; a `buffer_size` given all the same must be the client's. secret: both sides the
-    same, 24 bytes at most. queues: as many as workers, on both sides. mode: of the server's socket file.
+    same, 23 bytes at most. queues: as many as workers, on both sides. mode: of the server's socket file.
+    first_index: where a client has the indexes begin (just below 2^16, to see them wrap).
 
     Packets for a peer that is not there are dropped ("tx-full"). `connected` and `error` (what went wrong last) say
     how it stands. Raises BadInput.
@@ -82,6 +82,7 @@ class MemifPort:
         buffer_size: int | None = None,
         queues: int = 1,
         mode: int = 0o600,
+        first_index: int = 0,
     ) -> None:
         if role not in ("server", "client"):
             raise BadInput(f"{name}: no role {role!r}", "server or client")
@@ -101,7 +102,7 @@ class MemifPort:
         self.name, self.role, self.ring_size, self.queues, self.mode = name, role, ring_size, queues, mode
         self.socket = "\0" + socket[1:] if socket.startswith("@") else socket
         size = buffer_size or (2048 if role == "client" else 0)
-        self.wire = Wire(Offer(name, id, given, queues, ring_size.bit_length() - 1, size))
+        self.wire = Wire(Offer(name, id, given, queues, ring_size.bit_length() - 1, size, first_index))
         self._control: Listener | Dialler | None = None
 
     @staticmethod
@@ -171,7 +172,7 @@ class OpenMemif(OpenPort):
         at, made = blocks.arena.address + number * BLOCK, self.resource
         values = {
             TX + DESCS: made.stage,
-            TX + STAGE_MASK: STAGE - 1,
+            TX + MASK: STAGE - 1,
             TARGETS: made.targets,
             RESTS: made.rests,
             FREE: frames.free.at,

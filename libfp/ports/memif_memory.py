@@ -121,10 +121,11 @@ class Link:
 class OwnMemory:
     """A client's memory: `queues` rings of `size` descriptors in either direction, all in region 0, a sealed memfd.
 
-    `rings` are in the order in which they are announced: those to the server, then those to the client.
+    `rings` are in the order in which they are announced: those to the server, then those to the client. Their indexes
+    begin at `first`.
     """
 
-    def __init__(self, queues: int, size: int, buffer_size: int) -> None:
+    def __init__(self, queues: int, size: int, buffer_size: int, first: int = 0) -> None:
         ring = DESCS + 16 * size
         buffers = -(-2 * queues * ring // PAGE) * PAGE
         total = buffers + 2 * queues * size * buffer_size
@@ -145,7 +146,8 @@ class OwnMemory:
             for slot in range(size):
                 store64(at + DESCS + 16 * slot, buffer_size << 32)
                 store64(at + DESCS + 16 * slot + 8, offset + slot * buffer_size)
-            store16(at + HEAD, 0 if number < queues else size)
+            store16(at + HEAD, first + (0 if number < queues else size))
+            store16(at + TAIL, first)
 
     def close(self) -> None:
         self.region.close()

@@ -6,8 +6,8 @@ sent: `send` and its like fill it as if it were a ring of the kernel's, `publish
 
 One word of the block is the control plane's: LINK, the address of the connection's description (`memif_memory`), 0 for
 none. The worker looks at it before it receives; SEEN says which one it has gone by since, and the former is nobody's
-then. Whatever the peer stores, indexes are held against the ring's size, and each descriptor is read once and held
-against the regions: an index that cannot be stops the link (BROKEN, which the control plane looks at), a descriptor
+then. Whatever the peer stores, indexes are held against the ring's size, and each descriptor is read once (atomically,
+so that no compiler reads it again) and held against the regions: an index that cannot be stops the link (BROKEN, which the control plane looks at), a descriptor
 that cannot be costs its packet.
 """
 
@@ -69,7 +69,6 @@ from libfp.ports.rings import (
     FreeFrames,
     PortRings,
 )
-from libfp.ports.rings import MASK as STAGE_MASK
 
 # Words of the block beside those: the control plane's on a line of its own, the worker's on the next.
 LINK = 128
@@ -178,7 +177,7 @@ class MemifRings:
         descs, mask, room = load64(link + LINK_RX + RING), load64(link + LINK_RX + MASK), load64(at + ROOM)
         for i in range(most):
             slot = (own + i) & mask
-            first, second = load64(descs + 16 * slot), load64(descs + 16 * slot + 8)
+            first, second = load_acquire64(descs + 16 * slot), load_acquire64(descs + 16 * slot + 8)
             if unlikely(first & NEXT != 0):
                 most = i
                 break
@@ -222,7 +221,7 @@ class MemifRings:
         target = load64(at + MEMORY) + frame + HEADROOM
         while more and used < ready:
             slot = (own + used) & mask
-            first, second = load64(descs + 16 * slot), load64(descs + 16 * slot + 8)
+            first, second = load_acquire64(descs + 16 * slot), load_acquire64(descs + 16 * slot + 8)
             source, length = place(link, LINK_RX, slot, first, second), shr64(first, 32)
             sound = sound and source != 0 and total + length <= room
             if sound:
@@ -367,7 +366,7 @@ class MemifRings:
             if buffers != 0:
                 target = buffers + slot * size
             else:
-                first, second = load64(descs + 16 * slot), load64(descs + 16 * slot + 8)
+                first, second = load_acquire64(descs + 16 * slot), load_acquire64(descs + 16 * slot + 8)
                 target, size = place(link, LINK_TX, slot, first, second), shr64(first, 32)
             if unlikely(int(target == 0) | int(size == 0)):
                 return i

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from libfp.errors import PeerGone, PeerUnsuitable
-from libfp.jit import store16
+from libfp.jit import load16, store16
 from libfp.ports.memif_memory import (
     HEAD,
     MOST_REGIONS,
+    TAIL,
     Link,
     OwnMemory,
     Region,
@@ -64,6 +65,7 @@ class Offer:
     queues: int
     log2: int
     buffer_size: int
+    first_index: int = 0
 
     @property
     def size(self) -> int:
@@ -242,7 +244,7 @@ class ClientSession(Session):
             what = f"rings of {1 << min(message.most_log2, 15)} at most, and {offer.name} has {offer.size}"
             raise PeerUnsuitable(what, "use a smaller ring_size")
         self.peer = text(message.name)
-        self._memory = memory = OwnMemory(offer.queues, offer.size, offer.buffer_size)
+        self._memory = memory = OwnMemory(offer.queues, offer.size, offer.buffer_size, offer.first_index)
         self._to_say = [
             (Init(VERSION, offer.id, ETHERNET, offer.secret, NAME), -1),
             (AddRegion(0, memory.region.size), memory.fd),
@@ -261,7 +263,8 @@ class ClientSession(Session):
         queues, size = self.offer.queues, self.offer.buffer_size
         for index in range(queues):
             send, receive = memory.rings[index], memory.rings[queues + index]
-            store16(memory.region.address + receive.offset + HEAD, receive.size)
+            start = memory.region.address + receive.offset
+            store16(start + HEAD, load16(start + TAIL) + receive.size)
             link = Link([memory.region], receive, send, client=True, buffer_size=size)
             link.own_buffers(memory.region, memory.offsets[queues + index], memory.offsets[index])
             self.links.append(link)

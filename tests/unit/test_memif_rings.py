@@ -37,15 +37,15 @@ class Bed:
     """A worker between two memif ports; `ends` are the far ends. `roles` are ours."""
 
     def __init__(
-        self, roles: tuple[str, str], *, headers_only: bool = False, size: int = 64, buffer: int = 2048, frame: int = 4096
+        self, roles: tuple[str, str], *, headers_only: bool = False, frame: int = 4096, guard: str = "", buffer: int = 2048
     ) -> None:
         kind = stage.headers_only(across) if headers_only else across
         self.pipeline = Pipeline(kind)
         self.statistics = Arena(1 << 16)
-        options: Any = {"ring_size": size, "buffer_size": buffer}
+        options: Any = {"ring_size": 64, "buffer_size": buffer, "first_index": (1 << 16) - 100}
         self.ports = [MemifPort(f"p{k}", socket=f"@bed{id(self)}{k}", role=roles[k], **options) for k in (0, 1)]  # type: ignore[arg-type]
         at = self.statistics.address
-        self.state = WorkerState(self.pipeline, MemifPort.open_all, self.ports, 0, at, frame_size=frame)
+        self.state = WorkerState(self.pipeline, MemifPort.open_all, self.ports, 0, at, frame_size=frame, guard=guard)
         self.step = self.pipeline.module().step
         self.frames = self.state.frames.free.count
         self.sessions: list[Any] = []
@@ -109,23 +109,12 @@ def test_packets_pass_both_ways_in_order_and_intact_around_the_rings(bed: Bed) -
         assert bed.ends[0].receive() == back
         bed.turn()  # which gives the last buffers back
     total = sum((1, 2, 40, 63, 64, 64, 64, 31))
+    assert bed.ends[0].sent < 1000, "the indexes have come around"
     assert bed.counter(0, "rx_packets") == bed.counter(1, "tx_packets") == total
     assert bed.counter(0, "rx_bytes") == bed.counter(1, "tx_bytes")
     assert bed.counter(0, "rx_errors") == bed.counter(1, "tx_full") == 0
     assert bed.state.frames.free.count == bed.frames
     assert bed.ends[0].room == bed.ends[1].room == 64
-
-
-def test_indexes_wrap(bed: Bed) -> None:
-    packets = [bytes([k]) * 60 for k in range(64)]
-    for _ in range((1 << 16) // 64 + 2):
-        assert bed.ends[0].send(packets) == 64
-        bed.turn(2)
-        got = bed.ends[1].receive()
-        assert got[0] == packets[0]
-        assert len(got) == 64
-    assert bed.ends[0].sent == 128
-    assert bed.counter(0, "rx_errors") == bed.counter(1, "tx_full") == 0
 
 
 @pytest.mark.parametrize("length", [61, 62, 1000, 193, 3000])
@@ -177,7 +166,7 @@ def test_a_long_packet_without_room_is_dropped_whole(bed: Bed) -> None:
 def lie(bed: Bed, which: str) -> None:
     """Packet 3 of 10 is described wrongly."""
     end = bed.ends[0]
-    desc = end.descriptor(LINK_TX, 3)
+    desc = end.descriptor(LINK_TX, end.sent - 7)
     if which == "length":
         store32(desc + 4, 0xFFFFFFFF)
     elif which == "no length":
@@ -258,6 +247,6 @@ def test_a_connection_is_followed_by_another(bed: Bed) -> None:
         bed.turn()
         assert all(port.wire.sweep() for port in bed.ports)
         bed.connect()
-    assert load16(bed.ends[0].word(LINK_TX, OURS)) == 0
+    assert load16(bed.ends[0].word(LINK_TX, OURS)) == (1 << 16) - 100
     assert bed.ends[0].word(LINK_TX, MASK) == 63
     assert bed.ends[0].word(LINK_TX, RING) != 0
