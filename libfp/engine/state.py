@@ -78,12 +78,12 @@ class WorkerState:
         ring_size = max((port.ring_size for port in ports), default=0)
         frames = 3 * ring_size * len(ports) + BURST + (MOST if self.pipeline.hands_off else 0)
         self.frames = self._own(FrameMemory(frames, frame_size, guard=guard))
+        self.blocks = PortBlocks(len(ports))  # closed after the ports, whose own threads may look into it until then
+        self._closers.append(self.blocks.arena.close)
         self.open_ports = open_all(ports, queue, self.frames)
         self._closers += [port.close for port in self.open_ports]
         self._burst = BurstMemory()
         self._closers.append(self._burst.arena.close)
-        self.blocks = PortBlocks(len(ports))
-        self._closers.append(self.blocks.arena.close)
         self.memory = ContextMemory(getattr(type(ports[0]), "rings", PortRings))
         self._closers += [self.memory.arena.close, self.memory.control.close]
         self.replicas = self._own(Replicas(self.pipeline.tables, worker=queue))

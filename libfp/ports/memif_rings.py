@@ -273,6 +273,7 @@ class MemifRings:
                 store64(at + RX + which, first)
             store64(at + TX_NEXT, load64(link + LINK_TX + FIRST))
             store64(at + TX_LIMIT, load64(link + LINK_TX + FIRST))
+        store_release64(at + BROKEN, 0)  # the next link may come to lie where this one was
         store_release64(at + SEEN, link)
 
     def lose(self, first: int) -> None:

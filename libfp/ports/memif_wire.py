@@ -99,13 +99,13 @@ class Wire:
             time.sleep(0.0005)
 
     def check(self) -> None:
-        """Raises PeerLied if a worker has met an index that cannot be."""
+        """Raises PeerLied if a worker has met an index, or a buffer to send by, that cannot be."""
         with self._lock:
             if self.session is None:
                 return
             for queue, link in enumerate(self.session.links):
                 if queue in self.blocks and load_acquire64(self.blocks[queue] + BROKEN) == link.address:
-                    raise PeerLied(f"an index of queue {queue} that cannot be", "the connection is closed")
+                    raise PeerLied(f"an index or a buffer of queue {queue} that cannot be", "the connection is closed")
 
     def interrupt(self) -> bool:
         """Wake the peer, for each queue on which it wants that and something has been sent; whether it ever wants it.

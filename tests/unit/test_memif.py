@@ -22,6 +22,7 @@ from libfp.ports.memif_session import ClientSession, Offer, ServerSession
 from libfp.testing.memif import MemifPeer, shake_hands
 from libfp.testing.wait import wait_until
 
+FULL = bool(os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS"))
 OFFER = Offer("mem0", 0, b"", 1, 4, 2048)
 
 
@@ -345,13 +346,14 @@ def conversations() -> tuple[list[tuple[bytes, int]], list[tuple[bytes, int]], l
     return said, [*server, (memif_messages.Connected(b"").pack(), -1)], list(sessions)
 
 
+@pytest.mark.timeout(900)
 def test_whatever_a_peer_says_ends_in_a_typed_error_or_a_connection() -> None:
     """Mutated handshakes, both roles; `LIBFP_FULL=1`: a million."""
     to_server, to_client, sessions = conversations()
     unsealed = memfd(69632, 0)
     files = [fd for _, fd in to_server if fd >= 0] + [unsealed, os.open("/dev/null", os.O_RDONLY)]
     source, connected, refused = random.Random(6), 0, 0
-    for number in range(1_000_000 if os.environ.get("LIBFP_FULL") else 3000):
+    for number in range(1_000_000 if FULL else 3000):
         session: Any = ServerSession(lambda _: OFFER) if number % 2 else ClientSession(OFFER)
         try:
             for data, fds in mutate(source, to_server if number % 2 else to_client, files):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +14,19 @@ from libfp import Pipeline, stage
 from libfp.engine import context as c
 from libfp.engine.state import WorkerState
 from libfp.errors import PeerLied
-from libfp.jit import Arena, load16, load64, store16, store32, store64
+from libfp.jit import (
+    Arena,
+    kernel,
+    load16,
+    load64,
+    shr64,
+    store16,
+    store32,
+    store64,
+    store_release16,
+)
 from libfp.ports.memif import MemifPort
-from libfp.ports.memif_memory import LINK_RX, LINK_TX, MASK, OURS, RING
+from libfp.ports.memif_memory import BIAS, LINK_RX, LINK_TX, MASK, OURS, REGIONS, RING, THEIRS
 from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE
 from libfp.testing.memif import FarEnd, shake_hands
 
@@ -60,6 +72,15 @@ class Bed:
             self.sessions.append(theirs)
             self.ends.append(FarEnd(theirs.links[0].address))
         self.turn()  # the worker has seen it
+
+    def reconnect(self) -> None:
+        for port in self.ports:
+            port.wire.withdraw(port.wire.session)  # type: ignore[arg-type]
+        self.turn()
+        assert all(port.wire.sweep() for port in self.ports)
+        while self.sessions:
+            self.sessions.pop().close()
+        self.connect()
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -212,7 +233,7 @@ def test_an_index_that_cannot_be_ends_the_connection(bed: Bed, part: int) -> Non
     store16(end.word(part, OURS), 40_000)
     bed.ends[0].send(some(5, 60))
     bed.turn(2)
-    with pytest.raises(PeerLied, match="an index of queue 0 that cannot be; the connection is closed"):
+    with pytest.raises(PeerLied, match="an index or a buffer of queue 0 that cannot be; the connection is closed"):
         wire.check()
     assert bed.counter(1, "rx_packets" if part == LINK_TX else "tx_packets") == 0
     wire.withdraw(bed.ports[1].wire.session)  # type: ignore[arg-type]
@@ -242,11 +263,139 @@ def test_a_connection_is_followed_by_another(bed: Bed) -> None:
         bed.ends[0].send(packets)
         bed.turn(2)
         assert bed.ends[1].receive() == packets
-        for port in bed.ports:
-            port.wire.withdraw(port.wire.session)  # type: ignore[arg-type]
-        bed.turn()
-        assert all(port.wire.sweep() for port in bed.ports)
-        bed.connect()
+        bed.reconnect()
     assert load16(bed.ends[0].word(LINK_TX, OURS)) == (1 << 16) - 100
     assert bed.ends[0].word(LINK_TX, MASK) == 63
     assert bed.ends[0].word(LINK_TX, RING) != 0
+
+
+MUTATIONS = 1_000_000 if os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS") else 50_000
+LINES = (THEIRS, OURS, BIAS, RING, MASK)
+
+
+@kernel
+def roll(dice):  # type: ignore[no-untyped-def]
+    """63 bits of xorshift."""
+    x = load64(dice)
+    x ^= x << 13
+    x ^= shr64(x, 7)
+    x ^= x << 17
+    store64(dice, x)
+    return shr64(x, 1)
+
+
+@kernel
+def vandalise(dice, rings, count, size):  # type: ignore[no-untyped-def]
+    """`count` stores such as a hostile peer might make into four `rings`, of which it knows all, in `size` bytes."""
+    for _ in range(count):
+        chosen, what, value = roll(dice), roll(dice), roll(dice)
+        ring = rings + 64 * (chosen & 3)
+        theirs, ours, bias, descs, mask = (
+            load64(ring),
+            load64(ring + 8),
+            load64(ring + 16),
+            load64(ring + 24),
+            load64(ring + 32),
+        )
+        desc = descs + 16 * (shr64(chosen, 2) & mask)
+        if chosen & 1024:
+            value >>= shr64(chosen, 20) % 63  # short and long ones as often
+        elif chosen & 2048:
+            value = size - (value & 4095)
+        kind = what & 31
+        if kind < 3:
+            store32(desc + 4, value & 0xFFFFFFFF)
+        elif kind < 7:
+            store32(desc + 4, value & 2047)
+        elif kind < 9:
+            store32(desc + 8, value & 0xFFFFFFFF)
+        elif kind < 12:
+            store32(desc + 8, roll(dice) % size)
+        elif kind < 14:
+            store16(desc, value & 0xFFFF)
+        elif kind < 16:
+            store16(desc, 0)
+        elif kind < 18:
+            store16(desc + 2, value & 0x1F)
+        elif kind < 21:
+            store16(desc + 2, 0)
+        elif kind < 31:
+            index = load16(theirs)
+            if ((index - load16(ours) + bias) & 0xFFFF) < mask - 8:
+                store_release16(theirs, (index + (value & 7)) & 0xFFFF)
+        elif what & 0xF00 == 0:
+            store16(theirs if what & (1 << 16) else ours, value & 0xFFFF)
+        elif what & 0xF00 == 0x100:
+            store64(descs - 128 + (value & 120), roll(dice))  # cookie, flags, an index
+    return load64(dice)
+
+
+class Vandal:
+    """All that a hostile peer can reach of a bed's connections."""
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed, self.memory = bed, Arena(512)
+        store64(self.memory.address, 88172645463325252)
+        self.seen, self.size = 0, 0
+        self.aim()
+
+    def aim(self) -> None:
+        at = self.memory.address + 64
+        for port in self.bed.ports:
+            link = port.wire.session.links[0].address  # type: ignore[union-attr]
+            self.size = load64(load64(link + REGIONS) + 8)
+            for part in (LINK_RX, LINK_TX):
+                for number, line in enumerate(LINES):
+                    store64(at + 8 * number, load64(link + part + line))
+                at += 64
+
+    def act(self, count: int) -> None:
+        vandalise(self.memory.address, self.memory.address + 64, count, self.size)
+
+    def start_again(self) -> None:
+        """If the worker has seen through it, have it do with new connections."""
+        try:
+            for port in self.bed.ports:
+                port.wire.check()
+        except PeerLied:
+            self.seen += 1
+            self.bed.reconnect()
+            self.aim()
+
+
+@pytest.mark.parametrize("roles", ROLES, ids=str)
+def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles: tuple[str, str]) -> None:
+    """Frames and regions lie between guard pages. `LIBFP_FULL=1` and `make stress`: a million stores."""
+    bed = Bed(roles, headers_only=roles[0] == "server", guard="end")
+    vandal = Vandal(bed)
+    for _ in range(MUTATIONS // len(ROLES) // 32):
+        vandal.act(32)
+        bed.turn()
+        assert bed.state.frames.free.count == bed.frames
+        vandal.start_again()
+    assert vandal.seen > 5
+    for name in ("rx_packets", "rx_errors", "tx_packets"):
+        assert min(bed.counter(0, name), bed.counter(1, name)) > MUTATIONS // 5000, name
+    packets = some(20)
+    bed.reconnect()
+    bed.ends[0].send(packets)
+    bed.turn(2)
+    assert bed.ends[1].receive() == packets, "and a decent peer finds all in order"
+    bed.close()
+    vandal.memory.close()
+
+
+def test_a_peer_may_store_while_we_read() -> None:
+    """The same from another thread, at any moment: what was checked is what is used."""
+    bed = Bed(("server", "client"), guard="end")
+    vandal = Vandal(bed)
+    for _ in range(MUTATIONS // 10_000):
+        thread = threading.Thread(target=vandal.act, args=(10_000,))
+        thread.start()
+        while thread.is_alive():
+            bed.turn(10)
+            assert bed.state.frames.free.count == bed.frames
+        thread.join()
+        vandal.start_again()
+    bed.close()
+    vandal.memory.close()
