@@ -76,7 +76,7 @@ class MemifPort:
         *,
         socket: str,
         role: Literal["server", "client"] = "client",
-        id: int = 0,
+        id: int = 0,  # noqa: A002
         secret: str | bytes = b"",
         ring_size: int = 1024,
         buffer_size: int | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import select
@@ -119,7 +120,7 @@ class Control:
             if self._stop.is_set():
                 break
             for one in list(self._connections):
-                self._guarded(one, lambda one=one: self._serve(one, one.sock.fileno() in ready))  # type: ignore[misc]
+                self._guarded(one, functools.partial(self._serve, one, one.sock.fileno() in ready))
             self._turn(ready)
             wanted = False
             for wire in self._wires():

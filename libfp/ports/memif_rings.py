@@ -7,8 +7,9 @@ sent: `send` and its like fill it as if it were a ring of the kernel's, `publish
 One word of the block is the control plane's: LINK, the address of the connection's description (`memif_memory`), 0 for
 none. The worker looks at it before it receives; SEEN says which one it has gone by since, and the former is nobody's
 then. Whatever the peer stores, indexes are held against the ring's size, and each descriptor is read once (atomically,
-so that no compiler reads it again) and held against the regions: an index that cannot be stops the link (BROKEN, which the control plane looks at), a descriptor
-that cannot be costs its packet.
+so that no compiler reads it again) and held against the regions. An index that cannot be, or a buffer to send by that
+cannot be, stops the link (BROKEN, which the control plane looks at); a received descriptor that cannot be costs its
+packet.
 """
 
 from __future__ import annotations

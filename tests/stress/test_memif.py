@@ -97,17 +97,20 @@ def test_testpmd_swaps_the_macs_of_what_passes_us(socket: str, role: Any, cores:
         MemifPort("far", socket=socket, role=role, buffer_size=1024 if role == "client" else None),
     ]
     vdev = Vdev(socket, OTHER[role], buffer_size=1024)
-    with Pipeline(across).start(ports, cores[:1]) as app, Testpmd([vdev], mode="macswap", core=cores[-1]) as far:
-        with MemifPeer("peer", socket=socket + "n", role="client") as near:
-            near.wait()
-            far.start()
-            wait_until(lambda: ports[0].connected and ports[1].connected)
-            packets = some(3000)
-            wait_until(lambda: near.send([PROBE]) and near.receive(), what="testpmd to have buffers")
-            assert there_and_back(near, packets) == [swapped(one) for one in packets]
-            count = app.counters.ports["far"]
-            assert count["tx_packets"] == count["rx_packets"] > len(packets)
-            assert count["rx_errors"] == 0
+    with (
+        Pipeline(across).start(ports, cores[:1]) as app,
+        Testpmd([vdev], mode="macswap", core=cores[-1]) as far,
+        MemifPeer("peer", socket=socket + "n", role="client") as near,
+    ):
+        near.wait()
+        far.start()
+        wait_until(lambda: ports[0].connected and ports[1].connected)
+        packets = some(3000)
+        wait_until(lambda: near.send([PROBE]) and near.receive(), what="testpmd to have buffers")
+        assert there_and_back(near, packets) == [swapped(one) for one in packets]
+        count = app.counters.ports["far"]
+        assert count["tx_packets"] == count["rx_packets"] > len(packets)
+        assert count["rx_errors"] == 0
 
 
 def polls(port: MemifPort, app: Any, more: int = 1000) -> None:
