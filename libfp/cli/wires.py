@@ -38,7 +38,9 @@ def run(command: str, settings: Settings, stages: Stages) -> None:
     ports = memif_ports(settings.interfaces, queues=len(settings.cores or [0]))
     names = [port.name for port in ports]
     if unknown := [device for device in table.devices if device not in names]:
-        raise BadInput(f"{table.path} has routes out of {unknown[0]}", f"name a port so: {ports[0].name}, ...")
+        raise BadInput(
+            f"{table.path} has routes out of {unknown[0]}", f"name a port so: memif:SOCKET,name={unknown[0]}"
+        )
     with Interrupts() as interrupts, Service(interrupts.asked) as service:
         say = Said(command, settings.as_json)
         from libfp import Pipeline

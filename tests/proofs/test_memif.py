@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,11 +43,11 @@ def here(undo: ExitStack) -> Any:
 
 
 @pytest.fixture
-def names(tmp_path: Path) -> Iterator[list[str]]:
+def names(tmp_path: Path) -> list[str]:
     """The router's ports, with peers that come."""
     left, right = tmp_path / "left", f"@libfp-right-{os.getpid()}"
     (tmp_path / "routes").write_text(ROUTES)
-    yield [f"memif:{left},role=server,name=left", f"memif:{right},id=3,ring-size=256,name=right"]
+    return [f"memif:{left},role=server,name=left", f"memif:{right},id=3,ring-size=256,name=right"]
 
 
 def traffic(names: list[str], router: Instance, check: Callable[[], None]) -> None:

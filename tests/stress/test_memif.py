@@ -17,11 +17,12 @@ from typing import Any, Self
 
 import pytest
 
-from libfp import Pipeline, stage
+from libfp import Pipeline
 from libfp.ports.memif import MemifPort
 from libfp.testing.memif import MemifPeer
 from libfp.testing.testpmd import Testpmd, Vdev, installed
 from libfp.testing.wait import wait_until
+from tests.stress.test_memif_rings import across
 
 pytestmark = pytest.mark.timeout(300)
 needs_testpmd = pytest.mark.skipif(not installed(), reason="dpdk-testpmd is not installed; apt-get install dpdk")
@@ -30,12 +31,6 @@ FULL = bool(os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS"))
 LEAVES = 50 if FULL else 2
 OTHER = {"server": "client", "client": "server"}
 _numbers = itertools.count()
-
-
-@stage.headers_only
-@stage
-def across(packet):  # type: ignore[no-untyped-def]
-    packet.forward(1 - packet.port)
 
 
 @pytest.fixture
@@ -119,40 +114,36 @@ def polls(port: MemifPort, app: Any, more: int = 1000) -> None:
     wait_until(lambda: app.counters.ports[port.name]["rx_packets"] >= before + more, 10, f"{more} packets by {port!r}")
 
 
-@stage.headers_only
-@stage
-def back(packet):  # type: ignore[no-untyped-def]
-    packet.forward(packet.port)
-
-
 @needs_testpmd
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_testpmd_dies_in_mid_traffic_and_comes_back(socket: str, role: Any, cores: list[int]) -> None:
-    port = MemifPort("far", socket=socket, role=role, queues=2)
-    with Pipeline(back).start([port], cores) as app:
+    sockets = socket, socket + "2"
+    ports = [MemifPort(f"far{k}", socket=sockets[k], role=role, queues=2) for k in (0, 1)]
+    vdevs = [Vdev(one, OTHER[role]) for one in sockets]
+    with Pipeline(across).start(ports, cores) as app:
         for turn in range(LEAVES):
-            with Testpmd([Vdev(socket, OTHER[role])], mode="io", core=cores[-1], queues=2) as far:
+            with Testpmd(vdevs, mode="io", core=cores[-1], queues=2) as far:
                 far.start(first=True)
-                polls(port, app, 10_000)
-                assert port.wire.connections == turn + 1
-                assert port.connected
+                polls(ports[0], app, 10_000)
+                assert [port.wire.connections for port in ports] == [turn + 1] * 2
+                assert all(port.connected for port in ports)
                 far.kill()
-                wait_until(lambda: not port.connected)
-    assert app.counters.ports["far"]["rx_errors"] == 0
+                wait_until(lambda: not any(port.connected for port in ports))
+    assert app.counters.ports["far0"]["rx_errors"] == app.counters.ports["far1"]["rx_errors"] == 0
 
 
 class Load:
-    """A thread that has packets sent and received by a Python end, as fast as it can, while the block runs."""
+    """A thread that sends by one Python end and receives by another, as fast as it can, while the block runs."""
 
-    def __init__(self, near: MemifPeer) -> None:
-        self.near, self.received = near, 0
+    def __init__(self, near: MemifPeer, far: MemifPeer) -> None:
+        self.near, self.far, self.received = near, far, 0
         self._packets, self._end = some(100), threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         while not self._end.is_set():
             self.near.send(self._packets)
-            self.received += len(self.near.receive())
+            self.received += len(self.far.receive())
 
     def more(self, count: int = 200) -> None:
         before = self.received
@@ -169,25 +160,38 @@ class Load:
 
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_either_side_restarts_under_load(socket: str, role: Any, cores: list[int]) -> None:
-    """Two applications with a memif between them: one is started anew, again and again, while packets pass."""
+    """Two applications with two memifs between them: one is started anew, again and again, while packets pass."""
+
+    def ports(role: Any) -> list[MemifPort]:
+        return [MemifPort(f"link{k}", socket=f"{socket}{k}", role=role) for k in (0, 1)]
 
     def restarted() -> Any:
-        return Pipeline(back).start([MemifPort("back", socket=socket, role=role)], cores[-1:])
+        return Pipeline(across).start(ports(role), cores[-1:])
 
-    ports = [MemifPort("near", socket=socket + "n", role="server"), MemifPort("far", socket=socket, role=OTHER[role])]
-    with Pipeline(across).start(ports, cores[:1]) as app, MemifPeer("p", socket=socket + "n", role="client") as near:
+    stays = ports(OTHER[role])
+    ends = [MemifPort(f"end{k}", socket=f"{socket}{k}", id=1, role="server") for k in (2, 3)]
+    with (
+        Pipeline(across).start([ends[0], *stays, ends[1]], cores[:1]) as app,
+        MemifPeer("near", socket=f"{socket}2", id=1, role="client") as near,
+        MemifPeer("far", socket=f"{socket}3", id=1, role="client") as far,
+    ):
         near.wait()
-        with Load(near) as load:
+        far.wait()
+        with Load(near, far) as load:
             for turn in range(LEAVES):
                 with restarted():
                     load.more()
                     if turn == 0:
-                        before = open_files(), threading.active_count(), maps()
-                wait_until(lambda: not ports[1].connected)
+                        before = what_is_open()
+                wait_until(lambda: not any(port.connected for port in stays))
             with restarted():
                 load.more()
-                wait_until(lambda: (open_files(), threading.active_count(), maps()) == before, what="nothing to leak")
-    assert app.counters.ports["far"]["rx_errors"] == 0
+                wait_until(lambda: what_is_open() == before, what="nothing to leak")
+    assert app.counters.ports["link0"]["rx_errors"] == app.counters.ports["link1"]["rx_errors"] == 0
+
+
+def what_is_open() -> tuple[int, int, int]:
+    return open_files(), threading.active_count(), maps()
 
 
 def maps() -> int:

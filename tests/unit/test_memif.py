@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from libfp.cli import main
 from libfp.errors import AlreadyRunning, BadInput, Error, FrameTooSmall, PeerGone, PeerUnsuitable
 from libfp.ports import memif_control, memif_messages
 from libfp.ports.frames import FrameMemory
@@ -144,6 +145,35 @@ def test_arguments_that_cannot_be(options: dict[str, Any], text: str) -> None:
     with pytest.raises(BadInput) as caught:
         MemifPort("mem0", **{"socket": "@x", **options})
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("memif:@x", "memif ports without routes: Linux has none that lead there; give --routes FILE"),
+        ("memif:@x eth0 --routes R", "memif ports beside eth0; give it ports of one kind"),
+        ("memif:@x --routes R --only 10.0.0.0/8", "--only, --pcap and --out are not for memif ports; leave them out"),
+        ("memif:@x,id=x --routes R", "'memif:@x,id=x' does not parse at 'id=x'; id is a number"),
+        (
+            "memif:@x,size=1 --routes R",
+            "'memif:@x,size=1' does not parse at 'size=1'; "
+            "there are role, id, secret, name, ring-size, buffer-size, queues, mode",
+        ),
+        ("memif:@x,role=master,name=out --routes R", "out: no role 'master'; server or client"),
+        ("memif:@x,ring-size=100,name=out --routes R", "out: a ring of 100; a power of 2, 16384 at most"),
+        ("memif: --routes R", "memif0: a socket ''; a path, or @name, of 107 bytes at most"),
+        ("memif:@x,name=a memif:@y,name=a --routes R", "two ports called a; name them: memif:SOCKET,name=NAME"),
+        ("memif:@x --routes R", "R has routes out of out; name a port so: memif:SOCKET,name=out"),
+    ],
+)
+def test_command_lines_that_cannot_be(
+    words: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routes = tmp_path / "R"
+    routes.write_text("198.51.100.0/24 dev out")
+    arguments = words.replace(" R", f" {routes}").split()
+    assert main(["router", *arguments]) == 2
+    assert capsys.readouterr().err.replace(str(routes), "R") == f"fp: {text}\n"
 
 
 def test_what_the_engine_asks_is_checked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from libfp.engine import context as c
 from libfp.engine.state import WorkerState
 from libfp.errors import PeerLied
 from libfp.jit import (
+    INTERPRETED,
     Arena,
     kernel,
     load16,
@@ -28,6 +30,7 @@ from libfp.jit import (
 from libfp.ports.memif import MemifPort
 from libfp.ports.memif_memory import BIAS, LINK_RX, LINK_TX, MASK, OURS, REGIONS, RING, THEIRS
 from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE
+from libfp.testing.machine_code import check, compile_afresh
 from libfp.testing.memif import FarEnd, shake_hands
 
 
@@ -37,12 +40,12 @@ def across(packet):  # type: ignore[no-untyped-def]
         packet.drop("odd")
     elif packet.length == 62:
         packet.adj(8)
-        packet.forward(1 - packet.port)
+        packet.forward(packet.port ^ 1)
     elif packet.length == 1000:
         packet.append(100)
-        packet.forward(1 - packet.port)
+        packet.forward(packet.port ^ 1)
     else:
-        packet.forward(1 - packet.port)
+        packet.forward(packet.port ^ 1)
 
 
 class Bed:
@@ -275,6 +278,19 @@ def test_a_connection_is_followed_by_another(bed: Bed) -> None:
     assert load16(bed.ends[0].word(LINK_TX, OURS)) == (1 << 16) - 100
     assert bed.ends[0].word(LINK_TX, MASK) == 63
     assert bed.ends[0].word(LINK_TX, RING) != 0
+
+
+@pytest.mark.skipif(INTERPRETED or platform.machine() != "x86_64", reason="reads the machine code of x86-64")
+def test_the_loop_takes_no_lock_and_calls_nothing() -> None:
+    """As `tests/proofs/test_machine_code.py` has it for other ports, with the faults that must be found."""
+    bed = Bed(("server", "client"))
+    report = check(*compile_afresh(bed.pipeline.module().loop, bed.state.arguments))
+    bed.close()
+    assert report.findings == ()
+    assert report.indirect == 0
+    assert report.calls <= {"memcpy"}
+    for part in ("4loop", "rx_burst", "publish", "copy_out", "join", "adopt"):
+        assert part in " ".join(report.functions), "or it was not read, and nothing is proven"
 
 
 MUTATIONS = 1_000_000 if os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS") else 50_000
