@@ -23,6 +23,7 @@ __all__ = [
     "NotCacheable",
     "PeerGone",
     "PeerLied",
+    "PeerUnsuitable",
     "BadInput",
 ]
 

@@ -34,6 +34,8 @@ from libfp.ports.memif_memory import (
 from libfp.ports.memif_session import ClientSession, Offer, ServerSession, Session
 from libfp.testing.wait import wait_until
 
+__all__ = ["FarEnd", "MemifPeer"]
+
 _NEXT = 1
 
 
@@ -45,6 +47,7 @@ class FarEnd:
         self.received, self.sent = self.word(LINK_RX, FIRST), self.word(LINK_TX, FIRST)
 
     def word(self, part: int, which: int) -> int:
+        """A word of the link, see `libfp.ports.memif_memory`."""
         return load64(self.link + part + which)
 
     def descriptor(self, part: int, index: int) -> int:
@@ -126,6 +129,7 @@ class MemifPeer:
         wait_until(lambda: self.port.connected, timeout, f"{self.port.name}'s peer")
 
     def end(self, queue: int = 0) -> FarEnd:
+        """One queue of the connection there is."""
         session = self.port.wire.session
         assert session is not None, "not connected"
         if queue not in self._ends:
@@ -141,6 +145,7 @@ class MemifPeer:
         return self.end(queue).receive()
 
     def close(self) -> None:
+        """Leave the peer."""
         self.port.close()
 
     def __enter__(self) -> Self:

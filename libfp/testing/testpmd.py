@@ -27,6 +27,8 @@ from typing import Self
 from libfp.errors import BadInput, Error, PeerGone
 from libfp.testing.wait import wait_until
 
+__all__ = ["Testpmd", "Vdev", "installed"]
+
 PROGRAM = "dpdk-testpmd"
 _numbers = itertools.count(1)
 
