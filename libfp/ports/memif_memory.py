@@ -31,7 +31,7 @@ from libfp.ports.memif_messages import COOKIE
 
 FLAGS, HEAD, TAIL, DESCS = 4, 6, 64, 128
 NO_INTERRUPT = 1
-MOST_REGIONS = 64
+MOST_REGIONS, MOST_BYTES = 64, 1 << 32
 
 # A link: what a worker knows of its queue of one connection. Two directions of 64 bytes each: where the index is that
 # the peer writes, and ours; what `head` is ahead of `tail` when nothing is under way (see `memif_rings`); descriptors,
@@ -77,6 +77,8 @@ def map_region(fd: int, size: int) -> Region:
         raise PeerUnsuitable("a region that is not sealed against shrinking", "let the peer add F_SEAL_SHRINK")
     if os.fstatvfs(fd).f_bsize != PAGE:
         raise PeerUnsuitable("a region of huge pages, which could be taken back", "let the peer copy: zero-copy off")
+    if size > MOST_BYTES:
+        raise PeerUnsuitable(f"a region of {size} bytes", f"{MOST_BYTES} are all that an offset of 32 bits reaches")
     there = os.fstat(fd).st_size
     if not 0 < size <= there:
         raise PeerUnsuitable(f"a region of {size} bytes whose file has {there}", "the peer's sizes do not agree")

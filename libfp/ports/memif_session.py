@@ -11,6 +11,7 @@ it is used; what is wrong raises PeerUnsuitable, PeerGone for a disconnect, and 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import select
@@ -105,8 +106,10 @@ class Session:
         """Wake the consumer of what we send by `queue`."""
         poll = select.poll()
         poll.register(self.events[queue], select.POLLOUT)
+        os.set_blocking(self.events[queue], False)  # the peer can change that, too
         if poll.poll(0):  # else it would have us wait: it has been woken more often than can be counted
-            os.eventfd_write(self.events[queue], 1)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self.events[queue], 1)
 
     def close(self) -> None:
         """Unmap and close everything. No worker may go by its links any more."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ import pytest
 
 from libfp.cli import main
 from libfp.errors import AlreadyRunning, BadInput, Error, FrameTooSmall, PeerGone, PeerUnsuitable
+from libfp.jit import load16, store16
 from libfp.ports import memif_control, memif_messages
 from libfp.ports.frames import FrameMemory
 from libfp.ports.memif import MemifPort
+from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT
 from libfp.ports.memif_messages import SIZE, Ack, AddRegion, AddRing, Connect, Disconnect, Hello, Init, parse
 from libfp.ports.memif_session import ClientSession, Offer, ServerSession
 from libfp.testing.memif import MemifPeer, shake_hands
@@ -204,8 +208,8 @@ def ring(change: dict[str, int]) -> Any:
     return alter
 
 
-def region(size: int | None, seals: int) -> Any:
-    """Offers another file as region 0."""
+def region(size: int | None, seals: int, told: int = 0) -> Any:
+    """Offers another file as region 0, and says that it has `told` bytes."""
     files: list[int] = []
 
     def alter(data: bytes, fd: int) -> tuple[bytes, int]:
@@ -213,7 +217,7 @@ def region(size: int | None, seals: int) -> Any:
         if isinstance(message, AddRegion):
             file = memfd(message.size, seals) if size is None else memfd(size, seals)
             files.append(file)
-            return data, file
+            return AddRegion(0, told or message.size).pack(), file
         while files:
             os.close(files.pop())
         return data, fd
@@ -243,6 +247,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unsealed": (
         region(None, 0),
         "a region that is not sealed against shrinking; let the peer add F_SEAL_SHRINK",
+    ),
+    "huge": (
+        region(None, SEALED, 1 << 33),
+        "a region of 8589934592 bytes; 4294967296 are all that an offset of 32 bits reaches",
     ),
     "short": (region(4096, SEALED), "a region of 69632 bytes whose file has 4096; the peer's sizes do not agree"),
     "cookie": (region(None, SEALED), "ring 0 to the server begins with 0x0; a ring of memif begins with 0x3e31f20"),
@@ -342,6 +350,55 @@ def test_a_handshake_has_a_time_limit(address: str, monkeypatch: pytest.MonkeyPa
         assert b"a handshake that does not come to its end" in reply.reason
 
 
+def test_a_peer_that_sleeps_is_woken(address: str) -> None:
+    """By the port's thread: workers make no system call. Ours poll, and ask for nothing."""
+    with (
+        MemifPeer("s", socket=address, role="server") as server,
+        MemifPeer("c", socket=address, role="client") as client,
+    ):
+        server.wait()
+        client.wait()
+        session = server.port.wire.session
+        assert session is not None
+        flags, event = session.links[0].flags[LINK_TX], session.events[0]
+        assert load16(flags) == NO_INTERRUPT
+        os.set_blocking(event, True)  # as a peer may
+        store16(flags, 0)
+        for count in range(1, 4):
+            server.send([bytes(60)])
+            assert select.select([event], [], [], 5)[0], "the client's eventfd is readable"
+            assert os.eventfd_read(event) == 1
+            assert len(client.receive()) == 1, count
+
+
+def test_strangers_do_not_disturb_a_connection(address: str) -> None:
+    """Mutated handshakes over the socket, while a decent peer is connected."""
+    said, _, sessions = conversations()
+    files, source = [fd for _, fd in said if fd >= 0], random.Random(7)
+    with (
+        MemifPeer("s", socket=address, role="server") as server,
+        MemifPeer("c", socket=address, role="client") as client,
+    ):
+        server.wait()
+        client.wait()
+        for _ in range(100):
+            with raw_client(address) as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for data, fds in mutate(source, said, files):
+                    socket.send_fds(sock, [data], fds)
+                    if not sock.recv(SIZE):
+                        break
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(SIZE):
+                    pass
+        assert client.send([b"still here"]) == 1
+        assert server.receive() == [b"still here"]
+        assert server.port.wire.connections == 1
+    for one in sessions:
+        one.close()
+    for fd in files:
+        os.close(fd)
+
+
 def mutate(source: random.Random, said: list[tuple[bytes, int]], files: list[int]) -> list[tuple[bytes, list[int]]]:
     """What a broken or hostile peer might say instead."""
     made = [(data, [fd] if fd >= 0 else []) for data, fd in said]
@@ -395,7 +452,7 @@ def test_whatever_a_peer_says_ends_in_a_typed_error_or_a_connection() -> None:
     unsealed = memfd(69632, 0)
     files = [fd for _, fd in to_server if fd >= 0] + [unsealed, os.open("/dev/null", os.O_RDONLY)]
     source, connected, refused = random.Random(6), 0, 0
-    for number in range(1_000_000 if FULL else 3000):
+    for number in range(1_000_000 if FULL else 10_000):
         session: Any = ServerSession(lambda _: OFFER) if number % 2 else ClientSession(OFFER)
         try:
             for data, fds in mutate(source, to_server if number % 2 else to_client, files):
