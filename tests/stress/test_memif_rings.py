@@ -16,6 +16,7 @@ from libfp.engine import context as c
 from libfp.engine.state import WorkerState
 from libfp.errors import PeerLied
 from libfp.jit import (
+    BOUNDSCHECK,
     INTERPRETED,
     Arena,
     kernel,
@@ -280,7 +281,9 @@ def test_a_connection_is_followed_by_another(bed: Bed) -> None:
     assert bed.ends[0].word(LINK_TX, RING) != 0
 
 
-@pytest.mark.skipif(INTERPRETED or platform.machine() != "x86_64", reason="reads the machine code of x86-64")
+@pytest.mark.skipif(
+    INTERPRETED or BOUNDSCHECK or platform.machine() != "x86_64", reason="reads the machine code of x86-64"
+)
 def test_the_loop_takes_no_lock_and_calls_nothing() -> None:
     """As `tests/proofs/test_machine_code.py` has it for other ports, with the faults that must be found."""
     bed = Bed(("server", "client"))
