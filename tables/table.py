@@ -9,6 +9,7 @@ control plane for a worker.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -33,6 +34,9 @@ class Subscriber(Protocol):
 
     def passed(self, table: Table, mark: int) -> bool:
         """Whether the worker has acknowledged everything of `table` delivered before `mark`."""
+
+    def reached(self, table: Table) -> Callable[[], bool]:
+        """A question to be repeated, without the lock: does the worker go by all of `table` delivered until now?"""
 
 
 class Table:
@@ -87,6 +91,19 @@ class Table:
         with self.lock:
             if self._held == 0 or self._words.logged >= LOG_ROOM // 16:
                 self._hand_over()
+
+    def wait_applied(self, timeout: float = 10.0) -> None:
+        """Return when every worker goes by all changes made before this call. Raises TimeoutError.
+
+        Those that sleep are not woken: they look every 10 ms.
+        """
+        end = time.monotonic() + timeout
+        with self.lock:
+            waiting = [one.reached(self) for one in self._subscribers]
+        while waiting := [reached for reached in waiting if not reached()]:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(waiting)} workers have not taken in a table's changes within {timeout:g} s")
+            time.sleep(0.0005)
 
     def _hand_over(self) -> None:
         words = self._words

@@ -25,7 +25,7 @@ COMMANDS = {
     "demo": ("libfp.cli.demo:demo", "Run a client, a router and a server in namespaces, with real traffic."),
     "firewall": ("libfp.apps.firewall.cli:firewall", "Route, and filter by the kernel's own nftables rules."),
     "ipsec": ("libfp.apps.ipsec.cli:ipsec", "Route between interfaces, through ESP tunnels where policies say so."),
-    "router": ("libfp.apps.router.cli:router", "Route IPv4 between interfaces, with Linux's own routes."),
+    "router": ("libfp.apps.router.cli:router", "Route IPv4 and IPv6 between interfaces, with Linux's own routes."),
     "stats": ("libfp.cli.stats:stats", "Show the counters of a running instance."),
     "trace": ("libfp.cli.trace:trace", "Show packets of a running instance through every stage."),
 }

@@ -14,7 +14,7 @@ as they were.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -194,6 +194,24 @@ class Replicas:
         # What is still to be applied to a stale replica goes to an arena that nothing else is stored to; the next is
         # new.
         return not self.running or id(table) in self._stale or bool(self._ring.view.passed(mark))
+
+    def reached(self, table: Table) -> Callable[[], bool]:
+        mark: int | None = None
+
+        def ask() -> bool:
+            nonlocal mark
+            with self._lock:
+                if not self.running:
+                    return True
+                if id(table) in self._stale:
+                    mark = None  # what was on its way goes to the old copy; the new one is still to be posted
+                    return False
+                if mark is None:
+                    mark = self._ring.view.written()
+                return bool(self._ring.view.passed(mark))
+
+        ask()
+        return ask
 
     def _settle(self) -> bool:
         """`flush`, with the lock held."""

@@ -200,8 +200,11 @@ class Linux:
         return self.mirror.synced
 
     def wait_synced(self, timeout: float | None = 10.0) -> None:
-        """Return when everything that Linux was told before this call is in the tables. Raises TimeoutError."""
-        self.mirror.barrier(3600.0 if timeout is None else timeout)
+        """Return when all workers go by everything that Linux was told before this call. Raises TimeoutError."""
+        timeout = 3600.0 if timeout is None else timeout
+        self.mirror.barrier(timeout)
+        for table in self.routes.stage_tables():
+            table.wait_applied(timeout)
 
     def resync(self) -> None:
         """Have everything read from Linux again. Forwarding is not disturbed; `wait_synced` waits for it."""

@@ -89,6 +89,32 @@ def test_a_full_mailbox_means_fresh_copies_of_all_tables_together(tables, replic
     assert same_words(replicas, hops)
 
 
+def test_waiting_until_the_worker_goes_by_a_change(tables, replicas):
+    fib, hops = tables
+    hops[1] = 11
+    with pytest.raises(TimeoutError, match=r"1 workers have not taken in a table's changes within 0\.01 s"):
+        hops.wait_applied(0.01)
+    reached = replicas.reached(hops)
+    hops[2] = 12
+    assert drain(replicas.mailbox, 1) > 0, "one transaction"
+    assert reached()
+    assert not replicas.reached(hops)()
+    drain(replicas.mailbox, 512)
+    hops.wait_applied(0)
+    last = 0
+    while replicas.flush():
+        hops[last := last + 1] = 7
+    reached = replicas.reached(hops)
+    drain(replicas.mailbox, 512)
+    assert not reached(), "the fresh copy is still to be made"
+    replicas.flush()
+    assert not reached(), "and to be taken"
+    drain(replicas.mailbox, 512)
+    assert replicas.view(hops).lookup(last) == 7
+    assert reached()
+    fib.wait_applied(0)
+
+
 def test_a_commit_retries_by_itself(tables, replicas):
     _, hops = tables
     while replicas.flush():
