@@ -52,5 +52,7 @@ def run(command: str, settings: Settings, stages: Stages) -> None:
         made = Pipeline(*stages(routes, names))
         with made.start(ports, settings.cores, name=settings.name or None) as app:
             interrupts.check()
+            if waiting := [port.name for port in ports if not port.connected]:
+                say(f"no peer yet for {', '.join(waiting)}: it may come at any time")
             service.run(app, say.forwarding(app, linux), when_synced=lambda: say.ready(app, linux))
             say.end(app)

@@ -93,6 +93,7 @@ def test_fp_router_forwards_between_memifs_without_a_system_call(names: list[str
         router.process.terminate()
         assert router.process.wait(10) == 0
         assert "forwarding between left, right" in router.said
+        assert "no peer yet for left, right: it may come at any time" in router.said
         assert not (tmp_path / "left").exists()
 
 
