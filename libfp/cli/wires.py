@@ -50,9 +50,18 @@ def run(command: str, settings: Settings, stages: Stages) -> None:
         interrupts.check()
         say("compiling the pipeline (seconds at first, then from the cache)")
         made = Pipeline(*stages(routes, names))
-        with made.start(ports, settings.cores, name=settings.name or None) as app:
+        largest = max((route.mtu for route in table.routes.values()), default=0)
+        options = {"name": settings.name or None, "frame_size": _frame_size(largest)}
+        with made.start(ports, settings.cores, **options) as app:
             interrupts.check()
             if waiting := [port.name for port in ports if not port.connected]:
                 say(f"no peer yet for {', '.join(waiting)}: it may come at any time")
             service.run(app, say.forwarding(app, linux), when_synced=lambda: say.ready(app, linux))
             say.end(app)
+
+
+def _frame_size(mtu: int) -> int:
+    """Bytes of a frame for packets of `mtu` bytes, Ethernet header and tag, and the headroom: a power of 2."""
+    from libfp.ports.memory import HEADROOM  # numba comes with it
+
+    return max(2048, 1 << (mtu + 18 + HEADROOM - 1).bit_length())

@@ -23,17 +23,17 @@ pytestmark = pytest.mark.timeout(300)  # it may compile
 
 ROUTES = """
 192.0.2.0/24 dev right
-198.51.100.0/24 via 192.0.2.2 dev right
+198.51.100.0/24 via 192.0.2.2 dev right mtu 9000
 203.0.113.0/24 dev left
 neigh 192.0.2.2 lladdr 02:aa:00:00:00:02 dev right
 """
 PACKET = Ether(dst="02:00:00:00:00:00", src="02:bb:00:00:00:01") / IP(src="203.0.113.1", dst="198.51.100.7") / UDP()
-SENT = bytes(PACKET / bytes(1000))
+SENT = bytes(PACKET / bytes(5000))
 FORWARDED = bytes(
     Ether(dst="02:aa:00:00:00:02", src="02:00:00:00:00:01")
     / IP(src="203.0.113.1", dst="198.51.100.7", ttl=63)
     / UDP()
-    / bytes(1000)
+    / bytes(5000)
 )
 
 
@@ -47,7 +47,7 @@ def names(tmp_path: Path) -> list[str]:
     """The router's ports, with peers that come."""
     left, right = tmp_path / "left", f"@libfp-right-{os.getpid()}"
     (tmp_path / "routes").write_text(ROUTES)
-    return [f"memif:{left},role=server,name=left", f"memif:{right},id=3,ring-size=256,name=right"]
+    return [f"memif:{left},role=server,name=left", f"memif:{right},id=3,ring-size=512,name=right"]
 
 
 def traffic(names: list[str], router: Instance, check: Callable[[], None]) -> None:

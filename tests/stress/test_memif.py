@@ -24,7 +24,7 @@ from libfp.testing.testpmd import Testpmd, Vdev, installed
 from libfp.testing.wait import wait_until
 from tests.stress.test_memif_rings import across
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(600)]
 needs_testpmd = pytest.mark.skipif(not installed(), reason="dpdk-testpmd is not installed; apt-get install dpdk")
 
 FULL = bool(os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS"))

@@ -390,6 +390,8 @@ class Vandal:
             self.aim()
 
 
+@pytest.mark.stress
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("roles", ROLES, ids=str)
 def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles: tuple[str, str]) -> None:
     """Frames and regions lie between guard pages. `LIBFP_FULL=1` and `make stress`: a million stores."""
@@ -412,6 +414,7 @@ def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles:
     vandal.memory.close()
 
 
+@pytest.mark.stress
 def test_a_peer_may_store_while_we_read() -> None:
     """The same from another thread, at any moment: what was checked is what is used."""
     bed = Bed(("server", "client"), guard="end")

@@ -445,6 +445,7 @@ def conversations() -> tuple[list[tuple[bytes, int]], list[tuple[bytes, int]], l
     return said, [*server, (memif_messages.Connected(b"").pack(), -1)], list(sessions)
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(900)
 def test_whatever_a_peer_says_ends_in_a_typed_error_or_a_connection() -> None:
     """Mutated handshakes, both roles; `LIBFP_FULL=1`: a million."""
