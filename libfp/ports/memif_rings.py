@@ -80,6 +80,7 @@ HEADROOM = 256
 STAGE = 256  # packets to be sent, at most, before they are published
 BATCH = 64
 NEXT = 1  # of a descriptor's flags
+AHEAD, FAR = 3, 640  # packets and bytes: what is fetched while the packets before are copied
 WHOLE = 1 << 40  # a SPLIT that no packet reaches
 
 
@@ -198,7 +199,12 @@ class MemifRings:
         at, columns = self.at, burst.at
         free, memory = FreeFrames(load64(at + FREE)), load64(at + MEMORY)
         split = load64(at + SPLIT) if load64(load64(at + WATCHED)) == 0 else WHOLE
-        for i in range(burst.count):
+        count = burst.count
+        for i in range(count):
+            ahead = min(i + AHEAD, count - 1)
+            source, length = load64(columns + FRAME + 8 * ahead), load32(columns + LENGTH + 4 * ahead)
+            for offset in range(64, min(length, split, FAR), 64):
+                prefetch(source + offset)
             source, length = load64(columns + FRAME + 8 * i), load32(columns + LENGTH + 4 * i)
             frame = free.pop()
             self.rest_of(frame, source + split, length - split)
@@ -381,7 +387,18 @@ class MemifRings:
         """Copy `count` packets, from entry `done` on, to what `aim` has found; how many, up to one that is too long."""
         at = self.at
         stage, targets = load64(at + TX + DESCS) + 16 * done, load64(at + TARGETS)
+        rests, shift, split = load64(at + RESTS), load64(at + FRAME_SHIFT), load64(at + SPLIT)
         for i in range(count):
+            ahead = min(i + AHEAD, count - 1)
+            length = min(load32(stage + 16 * ahead + 8), FAR)
+            if length > 64:
+                target = load64(targets + 16 * ahead)
+                for offset in range(64, length, 64):
+                    prefetch_write(target + offset)
+                if length > split:
+                    source = load64(rests + 16 * shr64(load64(stage + 16 * ahead), shift))
+                    for offset in range(0, length - split, 64):
+                        prefetch(source + offset)
             length = load32(stage + 16 * i + 8)
             if unlikely(length > load64(targets + 16 * i + 8)):
                 return i
