@@ -86,9 +86,15 @@ def map_region(fd: int, size: int) -> Region:
 
 
 class Link:
-    """One queue of a connection; `address` is where the worker reads what is above."""
+    """One queue of a connection; `address` is where the worker reads what is above.
 
-    def __init__(self, regions: list[Region], receive: Ring, send: Ring, *, client: bool, buffer_size: int = 0) -> None:
+    A client says where the indexes begin: the server may have sent something already. For a server, they are where
+    the client has put them.
+    """
+
+    def __init__(
+        self, regions: list[Region], receive: Ring, send: Ring, *, client: bool, buffer_size: int = 0, first: int = 0
+    ) -> None:
         self._arena = Arena(_TABLE + 16 * MOST_REGIONS)
         self.address = at = self._arena.address
         for number, region in enumerate(regions):
@@ -102,7 +108,8 @@ class Link:
             head, tail = start + HEAD, start + TAIL
             theirs, ours = (tail, head) if client else (head, tail)
             bias = ring.size if client else 0
-            values = (theirs, ours, bias, start + DESCS, ring.size - 1, 0, buffer_size, load16(tail))
+            begin = first if client else load16(tail)
+            values = (theirs, ours, bias, start + DESCS, ring.size - 1, 0, buffer_size, begin)
             for number, value in enumerate(values):
                 store64(at + part + 8 * number, value)
             self.flags[part] = start + FLAGS

@@ -19,11 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from libfp.errors import PeerGone, PeerUnsuitable
-from libfp.jit import load16, store16
+from libfp.jit import store16
 from libfp.ports.memif_memory import (
     HEAD,
     MOST_REGIONS,
-    TAIL,
     Link,
     OwnMemory,
     Region,
@@ -262,13 +261,12 @@ class ClientSession(Session):
         self._to_say.append((Connect(NAME), -1))
 
     def _begin(self, memory: OwnMemory) -> None:
-        """The server may have set the indexes to 0 when it connected; from here on they are the worker's."""
-        queues, size = self.offer.queues, self.offer.buffer_size
+        """DPDK's server has set all indexes to 0 when it connected, and may have sent something since."""
+        queues, size, first = self.offer.queues, self.offer.buffer_size, self.offer.first_index
         for index in range(queues):
             send, receive = memory.rings[index], memory.rings[queues + index]
-            start = memory.region.address + receive.offset
-            store16(start + HEAD, load16(start + TAIL) + receive.size)
-            link = Link([memory.region], receive, send, client=True, buffer_size=size)
+            store16(memory.region.address + receive.offset + HEAD, first + receive.size)
+            link = Link([memory.region], receive, send, client=True, buffer_size=size, first=first)
             link.own_buffers(memory.region, memory.offsets[queues + index], memory.offsets[index])
             self.links.append(link)
         self.connected = True

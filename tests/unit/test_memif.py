@@ -24,7 +24,7 @@ from libfp.ports.memif import MemifPort
 from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT
 from libfp.ports.memif_messages import SIZE, Ack, AddRegion, AddRing, Connect, Disconnect, Hello, Init, parse
 from libfp.ports.memif_session import ClientSession, Offer, ServerSession
-from libfp.testing.memif import MemifPeer, shake_hands
+from libfp.testing.memif import FarEnd, MemifPeer, shake_hands
 from libfp.testing.wait import wait_until
 
 FULL = bool(os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS"))
@@ -340,6 +340,21 @@ def test_the_reason_is_said_to_both_sides(address: str, caplog: pytest.LogCaptur
             assert isinstance(reply, Disconnect)
             assert memif_messages.text(reply.reason) == "a message of 100 bytes, not 128"
             assert sock.recv(SIZE) == b""
+
+
+def test_what_a_server_sends_at_once_is_not_lost() -> None:
+    """It is connected before the client knows that it is."""
+    offer = Offer(**{**vars(OFFER), "first_index": (1 << 16) - 1})
+    server, client = ServerSession(lambda _: offer), ClientSession(offer)
+    said = [(server.hello(1), -1)]
+    while not server.connected:
+        replies = [reply for data, _ in said for reply in client.receive(data, [])]
+        said = [reply for data, fd in replies for reply in server.receive(data, [os.dup(fd)] if fd >= 0 else [])]
+    FarEnd(server.links[0].address).send([b"early", b"bird"])
+    client.receive(said[0][0], [])
+    assert FarEnd(client.links[0].address).receive() == [b"early", b"bird"]
+    server.close()
+    client.close()
 
 
 def test_a_handshake_has_a_time_limit(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
