@@ -1,0 +1,133 @@
+"""The highest rate at which a device loses at most a given share: RFC 2544, 26.1 (throughput), with the latency of
+26.2 at that rate; RFC 5180 for IPv6.
+
+A trial sends at one rate for a while. The first is as fast as may be; where that loses too much, the next is at what
+came through, and then the range between the best rate that passed and the worst that did not is halved until it is
+small. What counts is what was really sent, not what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from libfp.errors import BadInput
+from libfp.gen.report import Report
+from libfp.gen.signature import FCS
+from libfp.gen.station import Generator
+from libfp.gen.traffic import LEAST, RFC2544_SIZES, Traffic
+
+TRIALS = 30  # of one size, at most
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: the packets a second asked for (0: as fast as may be), what came of it, whether that is enough."""
+
+    pps: float
+    report: Report
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a search has found for one size (a name, of a mix): the best trial that passed, None if none did.
+
+    `by_generator`: nothing was lost at the generator's own highest rate, so the device may be faster.
+    """
+
+    size: str
+    best: Trial | None
+    trials: int
+    by_generator: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"size": self.size, "trials": self.trials, "by_generator": self.by_generator}
+        report = self.best.report if self.best else None
+        if report is None:
+            return {**told, "pps": 0, "bps": 0, "loss": None}
+        rates = {"pps": round(report.pps), "bps": round(report.bps), "loss": report.loss}
+        return {**told, **rates, "latency_us": report.latency.as_dict()}
+
+
+def search(
+    trial: Callable[[float], Report],
+    *,
+    size: str = "",
+    loss: float = 0.0,
+    most: float = 0.0,
+    resolution: float = 0.01,
+    told: Callable[[Trial], None] = lambda trial: None,
+) -> Throughput:
+    """The highest rate that loses at most the share `loss`, to within `resolution` of it.
+
+    trial: sends at so many packets a second (0: as fast as may be) and says what came of it. most: packets a second to
+    begin with, 0: as fast as may be. told: is given each trial when it ends. Raises BadInput.
+    """
+    if not 0 <= loss < 1 or not 0 < resolution < 1 or most < 0:
+        raise BadInput(f"a loss of {loss:g}, a resolution of {resolution:g}", "shares: a loss of 0.001 is 0.1 %")
+
+    def attempt(pps: float) -> Trial:
+        report = trial(pps)
+        made = Trial(pps, report, report.sent > 0 and report.loss <= loss)
+        told(made)
+        return made
+
+    first = attempt(most)
+    if first.passed:
+        return Throughput(size, first, 1, True)
+    best: Trial | None = None
+    low, high, count = 0.0, first.report.pps, 1
+    following = high * (1 - first.report.loss)
+    while high > 0 and high - low > resolution * high and count < TRIALS:
+        if not low < following < high:
+            following = (low + high) / 2
+        made = attempt(following)
+        count += 1
+        if made.passed:
+            low = following
+            if best is None or made.report.pps >= best.report.pps:
+                best = made
+        else:
+            high = following
+        following = (low + high) / 2
+    return Throughput(size, best, count, False)
+
+
+def throughput(
+    generator: Generator,
+    traffics: Sequence[tuple[str, Traffic]],
+    *,
+    seconds: float = 2.0,
+    wait: float = 2.0,
+    loss: float = 0.0,
+    most: float = 0.0,
+    resolution: float = 0.01,
+    told: Callable[[str, Trial], None] = lambda size, trial: None,
+) -> Iterator[Throughput]:
+    """`search` for each of (name, traffic), in trials of `seconds` (RFC 2544, 24, wants 60 for the result)."""
+    for size, traffic in traffics:
+        generator.load(traffic)
+
+        def trial(pps: float) -> Report:
+            return generator.run(pps=pps, seconds=seconds, wait=wait)
+
+        def say(made: Trial, size: str = size) -> None:
+            told(size, made)
+
+        yield search(trial, size=size, loss=loss, most=most, resolution=resolution, told=say)
+
+
+def traffics(traffic: Traffic, sizes: Sequence[int] = ()) -> list[tuple[str, Traffic]]:
+    """The traffic in frames of each size, by default those of RFC 2544 that have room for a signature (with IPv6: 84
+    bytes instead of 64, RFC 5180 5.1), the longest last."""
+    least = max(LEAST[family] for family in traffic.used_families())
+    chosen = sizes or sorted({max(size, least) for size in RFC2544_SIZES})
+    return [(str(size), replace(traffic, size=size)) for size in chosen]
+
+
+def longest(traffics: Sequence[tuple[str, Traffic]]) -> Traffic:
+    """That with the longest frames, for which a generator is to be made."""
+    return max((traffic for _, traffic in traffics), key=lambda one: max(one.sizes()) if one.signed else FCS)
