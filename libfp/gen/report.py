@@ -61,8 +61,7 @@ class Report:
     """All streams of a test; what could not be given to one.
 
     packets: all that came. corrupted: what does not add up; foreign: packets that are not of a test; stale: of another
-    test, or a former one. Of traffic without signatures (a capture) everything is foreign: `counted` are packets that
-    came, and `lost` is what is missing in number.
+    test, or a former one. Of traffic without signatures (a capture) whatever came is counted as received.
     """
 
     streams: list[Stream]
@@ -83,7 +82,7 @@ class Report:
     @property
     def received(self) -> int:
         """Intact packets, each once; of a capture all that came."""
-        return self._sum("received") if self.signed else self.foreign
+        return self._sum("received") if self.signed else self.packets
 
     @property
     def lost(self) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 from libfp.errors import BadInput
 from libfp.gen.report import Report
-from libfp.gen.signature import FCS
 from libfp.gen.station import Generator
 from libfp.gen.traffic import LEAST, RFC2544_SIZES, Traffic
 
@@ -98,7 +97,7 @@ def search(
 
 def throughput(
     generator: Generator,
-    traffics: Sequence[tuple[str, Traffic]],
+    traffics: Sequence[tuple[str, Sequence[Traffic]]],
     *,
     seconds: float = 2.0,
     wait: float = 2.0,
@@ -107,7 +106,7 @@ def throughput(
     resolution: float = 0.01,
     told: Callable[[str, Trial], None] = lambda size, trial: None,
 ) -> Iterator[Throughput]:
-    """`search` for each of (name, traffic), in trials of `seconds` (RFC 2544, 24, wants 60 for the result)."""
+    """`search` for each of (name, traffic of each port), in trials of `seconds` (RFC 2544, 24, wants 60 for the result)."""
     for size, traffic in traffics:
         generator.load(traffic)
 
@@ -122,12 +121,7 @@ def throughput(
 
 def traffics(traffic: Traffic, sizes: Sequence[int] = ()) -> list[tuple[str, Traffic]]:
     """The traffic in frames of each size, by default those of RFC 2544 that have room for a signature (with IPv6: 84
-    bytes instead of 64, RFC 5180 5.1), the longest last."""
+    bytes instead of 64, RFC 5180 5.1)."""
     least = max(LEAST[family] for family in traffic.used_families())
     chosen = sizes or sorted({max(size, least) for size in RFC2544_SIZES})
     return [(str(size), replace(traffic, size=size)) for size in chosen]
-
-
-def longest(traffics: Sequence[tuple[str, Traffic]]) -> Traffic:
-    """That with the longest frames, for which a generator is to be made."""
-    return max((traffic for _, traffic in traffics), key=lambda one: max(one.sizes()) if one.signed else FCS)

@@ -51,7 +51,7 @@ class Station:
     def __init__(
         self,
         ports: Sequence[Any],
-        traffic: Traffic | None,
+        traffic: Traffic | Sequence[Traffic] | None,
         sending: Sequence[Any],
         *,
         core: int | None = None,
@@ -71,12 +71,14 @@ class Station:
         self.ports, self.core, self.clock = list(ports), allowed[-1] if core is None else core, clock
         self.hz = clock.hz if clock else clock_hz()
         self.cables = list(cables)
-        self.traffic = traffic
         self._sending = list(sending)
+        self.traffics = _each(traffic, self._sending)
+        self.schedules: list[Schedule] = []
         self._closers: list[Callable[[], None]] = []
         self._taken: list[Any] = []
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
+        self._ceased = False
         self._run = random.SystemRandom().randrange(1 << 12)
         try:
             self._open()
@@ -91,9 +93,9 @@ class Station:
         return made
 
     def _open(self) -> None:
-        self.schedule = Schedule(self.traffic) if self.traffic else None
-        self._closers.append(self._close_schedule)
-        longest = self.schedule.longest if self.schedule else 0
+        self._closers.append(self._close_schedules)
+        self._make_schedules(self.traffics)
+        longest = max((one.longest for one in self.schedules), default=0)
         frame_size = 2048
         while frame_size < HEADROOM + -(-longest // 64) * 64:
             frame_size *= 2
@@ -143,17 +145,34 @@ class Station:
             self._taken.append(port)
             port.take(0)
 
-    def _close_schedule(self) -> None:
-        if self.schedule is not None:
-            self.schedule.close()
+    def _make_schedules(self, traffics: Sequence[Traffic]) -> None:
+        """One for each port that sends; ports that send the same share it."""
+        made: dict[Traffic, Schedule] = {}
+        try:
+            for traffic in traffics:
+                made.setdefault(traffic, Schedule(traffic))
+            frames: FrameMemory | None = getattr(self, "frames", None)
+            longest = max((one.longest for one in made.values()), default=0)
+            if frames is not None and longest > frames.frame_size - HEADROOM:
+                raise BadInput(f"frames of {longest} bytes", "make the generator with the longest ones")
+        except BaseException:
+            for one in made.values():
+                one.close()
+            raise
+        self._close_schedules()
+        self.traffics, self.schedules = list(traffics), [made[traffic] for traffic in traffics]
+
+    def _close_schedules(self) -> None:
+        for one in dict.fromkeys(self.schedules):
+            one.close()
+        self.schedules = []
 
     def _follow_schedule(self) -> None:
-        for number in range(len(self._sending)):
+        for number, schedule in enumerate(self.schedules):
             at = self._senders.address + loop.SENDER_SIZE * number
-            assert self.schedule is not None
-            store64(at + loop.ENTRIES, self.schedule.address)
-            store64(at + loop.COUNT, self.schedule.count)
-            store64(at + loop.FILLER, self.schedule.filler)
+            store64(at + loop.ENTRIES, schedule.address)
+            store64(at + loop.COUNT, schedule.count)
+            store64(at + loop.FILLER, schedule.filler)
 
     def _fill_in(self, number: int, port: OpenPort) -> None:
         counters = self._counters.address + COUNTERS_SIZE * number
@@ -188,7 +207,7 @@ class Station:
         for offset in (loop.NOW, loop.TURNS, loop.PACKETS, loop.FOREIGN, loop.CORRUPTED, loop.STALE):
             store64(tester + offset, 0)
         self._counters.words[:] = 0
-        longest = self.schedule.longest if self.schedule else 0
+        longest = max((one.longest for one in self.schedules), default=0)
         for number in range(len(self._sending)):
             at = self._senders.address + loop.SENDER_SIZE * number
             pacing.set_rate(at, self.hz, pps=pps, bps=bps, longest=longest)
@@ -206,7 +225,7 @@ class Station:
             store64(at + arrivals.LEAST, FOREVER)
             store64(at + arrivals.STREAM, self._expected(number))
         store_release64(tester + loop.STOP, 0)
-        self._failed = None
+        self._failed, self._ceased = None, False
         self._thread = threading.Thread(target=self._loop, name="libfp-gen", daemon=True)
         self._thread.start()
 
@@ -241,6 +260,14 @@ class Station:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def busy(self) -> bool:
+        """There is something to wait for: packets to send; to a receiver, packets that may come, or captures to read."""
+        if self._sending:
+            return self.sending
+        files = all(hasattr(port, "busy") for port in self.ports)
+        return self.running and (self._pending() or not files)
+
+    @property
     def sending(self) -> bool:
         """There is still something to send."""
         ends = [self._senders.address + loop.SENDER_SIZE * number + loop.DONE for number in range(len(self._sending))]
@@ -259,7 +286,7 @@ class Station:
         tester = self._tester.address
         count = len(self._sending) or MOST_PORTS
         streams = [stream for number in range(count) if (stream := self._report(number)) is not None]
-        signed = self.traffic is None or self.traffic.signed
+        signed = all(traffic.signed for traffic in self.traffics)
         words = (loop.PACKETS, loop.CORRUPTED, loop.FOREIGN, loop.STALE)
         packets, corrupted, foreign, stale = (load64(tester + at) for at in words)
         return Report(streams, packets, corrupted, foreign, stale, signed, self._port_counters())
@@ -316,7 +343,7 @@ class Station:
     def finish(self, wait: float = 2.0) -> Report:
         """Wait until everything is sent, then until it has come, or nothing has for 50 ms, `wait` seconds at most
         (RFC 2544, 23: two); end the test. A receiver waits for captures that it reads, and for that."""
-        while self.sending or (self.running and not self._sending and self._pending()):
+        while self.sending or (self.running and not self._ceased and not self._sending and self._pending()):
             self._check_ports()
             time.sleep(0.001)
         self._settle(wait)
@@ -328,6 +355,12 @@ class Station:
             failed = getattr(port, "failed", None)
             if failed is not None:
                 raise failed
+
+    def cease(self) -> None:
+        """Send no more, and wait for no capture's end; what is on the way still arrives."""
+        self._ceased = True
+        for number in range(len(self._sending)):
+            store64(self._senders.address + loop.SENDER_SIZE * number + loop.UNTIL, 0)
 
     def stop(self) -> Report:
         """Stop at once, without waiting for what is on the way."""
@@ -351,6 +384,17 @@ class Station:
         self.close()
 
 
+def _each(traffic: Traffic | Sequence[Traffic] | None, sending: Sequence[Any]) -> list[Traffic]:
+    """What each port sends."""
+    if traffic is None:
+        return []
+    if isinstance(traffic, Traffic):
+        return [traffic] * len(sending)
+    if len(traffic) != len(sending):
+        raise BadInput(f"traffic for {len(traffic)} of {len(sending)} ports", "one for all, or one for each")
+    return list(traffic)
+
+
 def _ring_ports(port: Any, address: int) -> Any:
     """The ports as the loop has them: by what kind of rings they have."""
     if getattr(port, "rings", None) is not None:
@@ -361,7 +405,7 @@ def _ring_ports(port: Any, address: int) -> Any:
 
 
 class Generator(Station):
-    """Sends `traffic` by `ports`, each a stream of its own, and receives by these and by those of `to`.
+    """Sends `traffic`, or to each port its own, by `ports`, each a stream of its own; receives by these and by `to`.
 
         with Generator([a], Traffic(size=64), to=[b]) as generator:
             report = generator.run(pps=1_000_000, seconds=1)
@@ -377,7 +421,7 @@ class Generator(Station):
     def __init__(
         self,
         ports: Sequence[Any],
-        traffic: Traffic,
+        traffic: Traffic | Sequence[Traffic],
         *,
         to: Sequence[Any] = (),
         core: int | None = None,
@@ -388,16 +432,11 @@ class Generator(Station):
             raise BadInput("no port to send by", "name at least one")
         super().__init__([*ports, *to], traffic, ports, core=core, cables=cables, clock=clock)
 
-    def load(self, traffic: Traffic) -> None:
+    def load(self, traffic: Traffic | Sequence[Traffic]) -> None:
         """Send other traffic from the next test on; its frames may not be longer than room was made for. Raises
         BadInput, and nothing has changed then."""
         self._end()
-        made = Schedule(traffic)
-        if made.longest > self.frames.frame_size - HEADROOM:
-            made.close()
-            raise BadInput(f"frames of {made.longest} bytes", "make the generator with the longest ones")
-        self._close_schedule()
-        self.traffic, self.schedule = traffic, made
+        self._make_schedules(_each(traffic, self._sending))
         self._follow_schedule()
 
     def start(

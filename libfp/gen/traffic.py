@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Traffic:
     pcap: instead of all that, the frames of this capture. They carry no signature: they can only be counted.
     """
 
-    size: int | Mapping[int, int] | None = None
+    size: int | Mapping[int, int] | None = field(default=None, hash=False)
     flows: int | None = None
     source: str = "198.18.0.2"
     to: str = "198.19.0.2"
@@ -58,7 +58,7 @@ class Traffic:
     to6: str = "2001:2:0:8000::2"
     prefixes: str | None = None
     zipf: float = 0.0
-    families: Sequence[int] = ()
+    families: tuple[int, ...] = ()
     eth_dst: str = "02:00:00:00:00:01"
     eth_src: str = "02:00:00:00:00:02"
     ttl: int = 64
@@ -94,6 +94,13 @@ class Traffic:
         """Whether the frames carry signatures."""
         return self.pcap is None
 
+    def reverse(self) -> Traffic:
+        """The same the other way. Raises BadInput where the destinations are not one address."""
+        if self.prefixes or self.pcap or "/" in self.to + self.to6:
+            raise BadInput("traffic both ways, to prefixes or from a capture", "send it by one port")
+        source, to, source6, to6 = self.to, self.source, self.to6, self.source6
+        return replace(self, source=source, to=to, source6=source6, to6=to6)
+
     def check(self) -> None:
         """Raise BadInput for what cannot be sent."""
         if not 1 <= self.flow_count <= FLOWS:
@@ -107,7 +114,7 @@ class Traffic:
         for size, times in self.sizes().items():
             for family in self.used_families():
                 if not LEAST[family] <= size <= MOST or times < 1:
-                    what = f"{times} frames of {size} bytes"
+                    what = f"frames of {size} bytes" if times > 0 else f"{times} frames of {size} bytes"
                     raise BadInput(what, f"IPv{family} with a signature has {LEAST[family]} to {MOST:,} bytes")
         if sum(self.sizes().values()) > 1 << 12:
             raise BadInput("a mix of more than 4,096 frames a round", "divide its weights")
