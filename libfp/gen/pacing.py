@@ -45,9 +45,10 @@ def set_rate(bucket: int, hz: int, *, pps: float = 0, bps: float = 0, longest: i
         raise BadInput(f"a rate of {pps:g} packets and {bps:g} bits a second", "one of them, above 0")
     per_packet = round((hz << FRACTION) / pps) if pps else 0
     per_byte = round((8 * hz << FRACTION) / bps) if bps else 0
-    if max(per_packet, (longest + FCS) * per_byte) >> 44 or (pps or bps) and not per_packet + per_byte:
-        raise BadInput(f"a rate of {pps or bps:g} a second cannot be kept", "1 packet a minute to 1 Tbit a second")
+    dearest = max(per_packet, (longest + FCS) * per_byte)
+    if dearest >> 56 or ((pps or bps) and not dearest):
+        raise BadInput(f"a rate of {pps or bps:g} a second cannot be kept", "from 1 packet in 10 s to 1 Pbit a second")
     depth = max(DEEP_PACKETS * (per_packet + 64 * per_byte), round(DEEP_SECONDS * hz) << FRACTION)
-    depth = max(depth, per_packet + (longest + FCS) * per_byte)
+    depth = max(depth, dearest)
     for at, value in ((CREDIT, 0), (PER_PACKET, per_packet), (PER_BYTE, per_byte), (DEPTH, depth)):
         store64(bucket + at, value)

@@ -70,7 +70,7 @@ def draw(prefixes: Prefixes, family: int, count: int, zipf: float, random: np.ra
         raise BadInput("no prefix of the list is unicast", "no packet can be sent there")
     if zipf:
         order = random.permutation(usable)
-        weights = np.arange(1, len(order) + 1) ** -zipf
+        weights = np.arange(1.0, len(order) + 1) ** -zipf
         drawn = order[np.minimum(np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count)), len(order) - 1)]
     else:
         drawn = random.permutation(usable)[np.arange(count) % len(usable)]

@@ -17,6 +17,7 @@ from libfp.errors import BadInput
 from libfp.gen import prefixes as lists
 from libfp.gen.signature import ECHO, FCS, FIRST_SOURCE, PAYLOAD4, PAYLOAD6, SIGNATURE
 from libfp.jit import Arena
+from libfp.jit.memory import view
 from libfp.ports.pcap import Capture
 
 #: The usual mix of sizes, frames on the wire: 7 of 64 bytes, 4 of 570, 1 of 1,518 (simple IMIX; RFC 6985 names others).
@@ -236,6 +237,12 @@ class Schedule:
             for number, frame in enumerate(frames):
                 source = self._put(frame, -(-len(frame) // BLOCK) * BLOCK)
                 self._entry(number, source, len(frame), 0, 0)
+
+    def frame(self, number: int) -> bytes:
+        """The frame of an entry, but for its signature."""
+        source, length, _, payload = struct.unpack_from("<qIHB", self._arena.buffer, ENTRY * number)
+        head = bytes(view(source, min(length, BLOCK) if payload else length))
+        return head + bytes(view(self.filler + BLOCK, length - BLOCK)) if payload and length > BLOCK else head
 
     def close(self) -> None:
         """Unmap it; no loop may walk it any more."""
