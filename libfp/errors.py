@@ -21,6 +21,7 @@ __all__ = [
     "CacheNotPrivate",
     "TableFull",
     "NotCacheable",
+    "StageError",
     "PeerGone",
     "PeerLied",
     "BadInput",
@@ -90,6 +91,10 @@ class TableFull(Error):
 
 class NotCacheable(Error):
     """A stage reads a global or binds an object that cannot be part of a compiled pipeline."""
+
+
+class StageError(Error):
+    """A stage does what cannot be compiled: the message names the line and what is wrong there."""
 
 
 class PeerGone(Error):

@@ -18,6 +18,7 @@ from numba.core.caching import NullCache
 from numba.core.types import Type
 
 from libfp.engine.decorator import Stage, is_constant
+from libfp.engine.mistakes import refuse_unfit
 from libfp.errors import NotCacheable
 from libfp.jit.cache import Entry, is_hot
 
@@ -78,6 +79,8 @@ class Digest:
         elif hasattr(value, "py_func"):
             _refuse_cached(path, value, owner)
             value = value.py_func
+            if not is_hot(value.__module__):
+                refuse_unfit(value, owner)
         if is_constant(value) or isinstance(value, float | bytes | np.generic):
             self.parts.append(f"{path} = {type(value).__name__} {value!r}")
             self.add_strings(value)

@@ -41,7 +41,7 @@ class Once:
             raise BadInput(f"a packet of {largest} bytes", f"a frame holds {room}")
         found: list[Outcome] = []
         arguments = self.state.direct_arguments()
-        self._step(*arguments)  # fills the fill rings the first time
+        self.pipeline.first_call(self._step, arguments)  # fills the fill rings the first time
         for first in range(0, len(packets), BURST):
             found += self._burst(packets[first : first + BURST], port, arguments)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from libfp.engine import loop
 from libfp.engine.decorator import Bindable, BoundStage, Stage, as_bound, is_constant
 from libfp.engine.digest import Digest
+from libfp.engine.mistakes import refuse_unfit, told
 from libfp.engine.reasons import Reasons
 from libfp.errors import BadInput
 from libfp.jit.cache import generate
@@ -36,7 +38,8 @@ class Pipeline:
     """Stages in order. Packets of a burst run through the first stage, then those still undecided through the next.
 
     `rates` overrides how many punts a second each worker may make, by reason (0: no limit; default 1000).
-    Raises NotCacheable for stages whose code or arguments cannot be compiled in, BadInput without stages.
+    Raises NotCacheable for stages whose code or arguments cannot be compiled in, StageError for those that raise or
+    print, BadInput without stages.
     """
 
     def __init__(self, *stages: Stage | BoundStage, rates: Mapping[str, int] | None = None) -> None:
@@ -47,8 +50,9 @@ class Pipeline:
         #: Numbers of the stages that may hand packets off to other workers; without any, there is nothing for it.
         self.hands_off: list[int] = []
         for number, bound in enumerate(self.stages):
-            digest = Digest()
-            digest.add_function(bound.stage.function, f"stage {bound.stage.__name__!r}")
+            digest, owner = Digest(), f"stage {bound.stage.__name__!r}"
+            refuse_unfit(bound.stage.function, owner)
+            digest.add_function(bound.stage.function, owner)
             self._digest.merge(digest)
             if digest.hands_off:
                 self.hands_off.append(number)
@@ -121,6 +125,17 @@ class Pipeline:
         )
         scope = {f"stage_{number}": bound.stage.kernel for number, bound in enumerate(self.stages)}
         return generate("pipeline", source, self._digest.text(), scope)
+
+    def first_call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        """Call a function of `module`, which compiles it or loads it. Raises StageError."""
+        collects = gc.isenabled()
+        gc.disable()  # a compiler's garbage is not worth a tenth of its time
+        try:
+            with told([bound.stage.function for bound in self.stages]):
+                function(*arguments)
+        finally:
+            if collects:
+                gc.enable()
 
     def run_once(self, packets: Iterable[bytes], *, port: int = 0, ports: int = 2, guard: str = "") -> list[Outcome]:
         """Run `packets` (whole Ethernet frames) through the stages and return what became of each, in order.

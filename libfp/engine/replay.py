@@ -99,7 +99,7 @@ class Replay:
         self._ends = [self._describe(port.wires[0]) for port in self.ports]
         self._step = pipeline.module().step
         self._arguments = self.state.direct_arguments()
-        self._step(*self._arguments)  # compiles, and fills the fill rings
+        pipeline.first_call(self._step, self._arguments)  # fills the fill rings, too
 
     def _describe(self, wire: Wire) -> Arena:
         """For each ring (rx, tx, fill, completion) the addresses of its indexes and entries."""

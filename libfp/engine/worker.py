@@ -40,9 +40,9 @@ class Worker:
         self._seen = (0, 0.0)
 
     def prepare(self) -> None:
-        """Compile the loop, or load it: run it with the stop flag up."""
+        """Compile the loop, or load it: run it with the stop flag up. Raises StageError."""
         self.state.memory.stop(True)
-        self._loop(*self.state.direct_arguments())
+        self.state.pipeline.first_call(self._loop, self.state.direct_arguments())
 
     @property
     def heartbeat(self) -> int:

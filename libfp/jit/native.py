@@ -87,6 +87,12 @@ def _type_of(module: str, name: str, constants: tuple[int, ...]) -> NativeType:
     return _classes[module, name]._native_type(constants)
 
 
+def class_of(name: str) -> Any:
+    """The native class whose numba type has this name (without constants), or None."""
+    module, _, qualname = name.rpartition(".")
+    return _classes.get((module, qualname))
+
+
 @dataclass_transform()
 def native(cls: C) -> C:
     """Make `cls` a struct in compiled code, too: its annotations are its fields and the arguments of its constructor.
@@ -240,7 +246,10 @@ class _Compiled:
         function = _bare(annotated)
         scope = {"function": function}
         exec(f"def resolve{_parameters(function)}: return function", scope)
-        overload_method(self.kind, name, jit_options=_COMPILE | options(annotated))(scope["resolve"])
+        # What takes a literal is compiled with it at once: numba would first try without, and again at each call.
+        literal = str in inspect.get_annotations(annotated, eval_str=True).values()
+        made = overload_method(self.kind, name, jit_options=_COMPILE | options(annotated), prefer_literal=literal)
+        made(scope["resolve"])
         if name in _OPERATORS:
             kind, arguments = self.kind, ", ".join(inspect.signature(function).parameters)
             scope = {"kind": kind, "isinstance": isinstance}
