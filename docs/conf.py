@@ -51,6 +51,7 @@ nitpick_ignore_regex = [
     # what only the engine and tables hand to each other
     (r"py:class", r"libfp\.(tables\.words\.Words|tables\.table\.Subscriber|engine\.replicas\.Replicas)"),
     (r"py:class", r"libfp\.(stages\.routes\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
+    (r"py:class", r"libfp\.ports\.(rings\.PortBlocks|frames\.BlockWords|memif_rings\.MemifRings)"),
 ]
 
 #: What other calls return, or stages are given, as all views: how they are made is no part of the surface.

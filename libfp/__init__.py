@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from libfp.errors import NotCacheable as NotCacheable
     from libfp.errors import PeerGone as PeerGone
     from libfp.errors import PeerLied as PeerLied
+    from libfp.errors import PeerUnsuitable as PeerUnsuitable
     from libfp.errors import PolicyConflict as PolicyConflict
     from libfp.errors import TableFull as TableFull
     from libfp.errors import UnsuitableInterface as UnsuitableInterface
@@ -49,6 +50,7 @@ _ERRORS = (
     "NotCacheable",
     "PeerGone",
     "PeerLied",
+    "PeerUnsuitable",
     "PolicyConflict",
     "TableFull",
     "UnsuitableInterface",

@@ -24,6 +24,7 @@ __all__ = [
     "StageError",
     "PeerGone",
     "PeerLied",
+    "PeerUnsuitable",
     "BadInput",
 ]
 
@@ -103,6 +104,10 @@ class PeerGone(Error):
 
 class PeerLied(Error):
     """The process at the other end of a shared ring has stored an index that cannot be."""
+
+
+class PeerUnsuitable(Error):
+    """The process at the other end of a shared wire offers what cannot be used: its version, a ring, its memory."""
 
 
 class BadInput(Error):

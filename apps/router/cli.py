@@ -25,8 +25,14 @@ def router(context: click.Context, config: str | None, **given: Any) -> None:
     SIGTERM leave the traffic to Linux.
 
     With --pcap it needs neither root nor Linux's tables: the same pipeline forwards a capture by the routes in a file.
+    So it does between memif ports: IF is memif:SOCKET,role=client,id=0,name=NAME, the routes are those of --routes.
     """
     settings = running.Settings(context, config, given)
+    from libfp.cli import wires
+
+    if wires.asked_for(settings):
+        wires.run("router", settings, lambda routes, names: _stages(routes))
+        return
     if settings.without_linux():
         from libfp.cli import offline
 

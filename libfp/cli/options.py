@@ -73,7 +73,9 @@ def offline() -> Callable[[F], F]:
     return _all(
         click.option("--pcap", metavar="FILE", help="Instead of interfaces: forward what this capture holds."),
         click.option(
-            "--routes", metavar="FILE", help="With --pcap: the routes, one a line, as `ip route` writes them."
+            "--routes",
+            metavar="FILE",
+            help="With --pcap or memif ports: the routes, one a line, as `ip route` has them.",
         ),
         click.option("--out", metavar="FILE", help="With --pcap: write what leaves, as pcap, or pcapng by that name."),
     )

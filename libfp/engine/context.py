@@ -6,7 +6,10 @@ written by the worker (or by the control plane before the worker starts).
 
 from __future__ import annotations
 
+from typing import Any
+
 from libfp.jit import Arena, load64, load_acquire64, native, store64, store_release64, word
+from libfp.ports.memif_rings import MemifRings
 from libfp.ports.rings import BLOCK, FreeFrames, PortRings
 
 # Byte offsets of the private block.
@@ -65,13 +68,26 @@ class Context:
         return load64(self.at + UMEM)
 
 
-class ContextMemory:
-    """The private block and the control line of one worker, each on lines of its own."""
+@native
+class MemifContext:
+    """The same where the ports are memif's."""
 
-    def __init__(self) -> None:
+    at: word
+
+    running, count, beat = Context.running, Context.count, Context.beat
+    port_count, free, umem = Context.port_count, Context.free, Context.umem
+
+    def rings(self, port: int) -> MemifRings:
+        return MemifRings(load64(self.at + PORTS) + port * BLOCK)
+
+
+class ContextMemory:
+    """The private block and the control line of one worker, each on lines of its own. `rings` is its ports' class."""
+
+    def __init__(self, rings: type = PortRings) -> None:
         self.arena = Arena(SIZE)
         self.control = Arena(64)
-        self.context = Context(self.arena.address)
+        self.context: Any = (MemifContext if rings is MemifRings else Context)(self.arena.address)
         self.set(CONTROL, self.control.address)
 
     def set(self, offset: int, value: int) -> None:

@@ -34,8 +34,9 @@ class Stage:
     `Pipeline`.
     """
 
-    def __init__(self, function: FunctionType, per_burst: bool) -> None:
+    def __init__(self, function: FunctionType, per_burst: bool, headers_only: bool = False) -> None:
         functools.update_wrapper(self, function)
+        self.headers_only = headers_only
         self.function = function
         self.per_burst = per_burst
         self.kernel = kernel(function)
@@ -109,6 +110,12 @@ class _StageDecorator:
     def burst(self, function: Callable[..., Any]) -> Stage:
         assert isinstance(function, FunctionType)
         return Stage(function, per_burst=True)
+
+    def headers_only(self, made: Stage) -> Stage:
+        """``@stage.headers_only`` above ``@stage``: it reads and writes nothing of a packet behind the first 192 bytes
+        that were received (`libfp.ports.frames.HEADERS`). Where all stages say so, a port may leave the rest where it
+        is."""
+        return Stage(made.function, made.per_burst, headers_only=True)
 
 
 stage = _StageDecorator()

@@ -88,6 +88,11 @@ class Pipeline:
                     found.setdefault(id(table), table)
         return list(found.values())
 
+    @property
+    def headers_only(self) -> bool:
+        """Whether no stage looks at more than a packet's headers, and none hands packets off."""
+        return not self.hands_off and all(bound.stage.headers_only for bound in self.stages)
+
     def bind(self, replica: Callable[[Any], Any]) -> list[Any]:
         """The loop's arguments for one worker, whose view of a table is `replica(table)`."""
         made = [value.stage_view(replica) if isinstance(value, Bindable) else value for value in self._bindings]

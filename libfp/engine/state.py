@@ -16,8 +16,8 @@ from libfp.jit import Arena, store64
 from libfp.jit.libc import address_of
 from libfp.jit.memory import view
 from libfp.packet.burst import BURST, FRAME_SIZE, STRIDE, WORKER, WORKERS, BurstMemory
-from libfp.ports.frames import FrameMemory, OpenPort
-from libfp.ports.rings import COUNTERS_SIZE, PortBlocks
+from libfp.ports.frames import BlockWords, FrameMemory, OpenPort
+from libfp.ports.rings import COUNTERS_SIZE, PortBlocks, PortRings
 
 if TYPE_CHECKING:
     from libfp.engine.pipeline import Pipeline
@@ -78,26 +78,21 @@ class WorkerState:
         ring_size = max((port.ring_size for port in ports), default=0)
         frames = 3 * ring_size * len(ports) + BURST + (MOST if self.pipeline.hands_off else 0)
         self.frames = self._own(FrameMemory(frames, frame_size, guard=guard))
+        self.blocks = PortBlocks(len(ports))  # closed after the ports, whose own threads may look into it until then
+        self._closers.append(self.blocks.arena.close)
         self.open_ports = open_all(ports, queue, self.frames)
         self._closers += [port.close for port in self.open_ports]
         self._burst = BurstMemory()
         self._closers.append(self._burst.arena.close)
-        self.blocks = PortBlocks(len(ports))
-        self._closers.append(self.blocks.arena.close)
-        self.memory = ContextMemory()
+        self.memory = ContextMemory(getattr(type(ports[0]), "rings", PortRings))
         self._closers += [self.memory.arena.close, self.memory.control.close]
         self.replicas = self._own(Replicas(self.pipeline.tables, worker=queue))
         self.punt_ring = self._own(PuntRing(frame_size=frame_size)) if punt else None
+        headers_only = self.pipeline.headers_only and not punt
         for number, port in enumerate(self.open_ports):
-            self.blocks.fill_in(
-                number,
-                port.rings,
-                counters=statistics + c.FIRST_PORT + COUNTERS_SIZE * number,
-                flight_limit=port.flight_limit,
-                fd=port.fd,
-                umem_size=self.frames.size,
-                zero_copy=port.zero_copy,
-            )
+            counters = statistics + c.FIRST_PORT + COUNTERS_SIZE * number
+            words = BlockWords(counters, self.memory.arena.address + c.RECORD, headers_only)
+            port.fill_in(self.blocks, number, self.frames, words)
         self._fill_context(statistics)
         self._arguments = self.pipeline.bind(self.replicas.view)
 

@@ -10,9 +10,11 @@ code checks too.
 from libfp.jit.atomics import (
     compare_and_swap64,
     fetch_add64,
+    load_acquire16,
     load_acquire32,
     load_acquire64,
     pause,
+    store_release16,
     store_release32,
     store_release64,
 )
@@ -87,6 +89,7 @@ __all__ = [
     "load32be",
     "load64",
     "load64be",
+    "load_acquire16",
     "load_acquire32",
     "load_acquire64",
     "mul64",
@@ -104,6 +107,7 @@ __all__ = [
     "store32",
     "store32be",
     "store64",
+    "store_release16",
     "store_release32",
     "store_release64",
     "u32",

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from libfp.jit import memory
-from libfp.jit.primitive import I32, I64, declare, primitive, signed64
+from libfp.jit.primitive import I16, I32, I64, declare, primitive, signed64
 from libfp.jit.raw import _pointer
 
 _lock = threading.Lock()  # stands for the bus where read-modify-writes are interpreted
@@ -37,6 +37,13 @@ def _store(kind: Any) -> Any:
     return primitive(emit, void=True)
 
 
+@_load(I16)
+def load_acquire16(address: int) -> int:
+    """A 16-bit word and, after it, everything its writer stored before releasing it."""
+    memory.check(address, 2)
+    return ctypes.c_uint16.from_address(address).value
+
+
 @_load(I32)
 def load_acquire32(address: int) -> int:
     """A 32-bit word and, after it, everything its writer stored before releasing it."""
@@ -49,6 +56,13 @@ def load_acquire64(address: int) -> int:
     """A 64-bit word and, after it, everything its writer stored before releasing it."""
     memory.check(address, 8)
     return ctypes.c_int64.from_address(address).value
+
+
+@_store(I16)
+def store_release16(address: int, value: int) -> None:
+    """Store the low 16 bits of `value` after everything stored before."""
+    memory.check(address, 2)
+    ctypes.c_uint16.from_address(address).value = value & 0xFFFF
 
 
 @_store(I32)

@@ -28,7 +28,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE_PAGE = 2 << 20
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
-_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MADV_HUGEPAGE = 14
 _MAP_FAILED = (1 << 64) - 1
 
@@ -161,6 +161,35 @@ class Arena:
     def words(self) -> np.ndarray:
         """The arena as an int64 array; not to be used after `close`."""
         return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
+
+    def close(self) -> None:
+        """Unmap; a later access through an old address faults."""
+        self._finalizer()
+
+
+class SharedMap:
+    """The first `size` bytes of the file `fd`, shared with whoever maps it too, between two guard pages.
+
+    The file must be as large, and stay so: what lies beyond its end ends the process that touches it (SIGBUS). `fd` may
+    be closed. Freed by `close` or with the object. Raises MemoryError.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        room = -(-size // PAGE) * PAGE
+        total = room + 2 * PAGE
+        mapping = _libc.mmap(_ffi.NULL, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        start = int(_ffi.cast("uintptr_t", mapping))
+        if start == _MAP_FAILED:
+            raise MemoryError(f"cannot map {total} bytes")
+        self.size, self.address = size, start + PAGE
+        both, how = _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED
+        inner = _libc.mmap(_ffi.cast("void *", self.address), size, both, how, fd, 0)
+        if int(_ffi.cast("uintptr_t", inner)) == _MAP_FAILED:
+            _libc.munmap(mapping, total)
+            raise MemoryError(f"cannot map {size} bytes of file descriptor {fd}")
+        register(self.address, size)
+        self._finalizer = weakref.finalize(self, _release, start, total)
+        self._finalizer.atexit = False
 
     def close(self) -> None:
         """Unmap; a later access through an old address faults."""

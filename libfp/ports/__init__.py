@@ -1,4 +1,5 @@
-"""Ways in and out: `XdpPort` for interfaces, `MemoryPort` for tests and for machines without root; captures in files.
+"""Ways in and out: `XdpPort` for interfaces, `MemifPort` for other processes, `MemoryPort` for tests and for machines
+without root; captures in files.
 
 A port is what `Application` is given; a `Linux` makes its own. Names are loaded when they are first used: reading and
 writing captures loads neither numba nor the rest of libfp.
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from libfp.ports.frames import FrameMemory as FrameMemory
     from libfp.ports.frames import OpenPort as OpenPort
     from libfp.ports.frames import Port as Port
+    from libfp.ports.memif import MemifPort as MemifPort
     from libfp.ports.memory import MemoryPort as MemoryPort
     from libfp.ports.memory import Wire as Wire
     from libfp.ports.pcap import Capture as Capture
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "XdpPort": "xdp",
+    "MemifPort": "memif",
     "MemoryPort": "memory",
     "Wire": "memory",
     "Port": "frames",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from libfp.jit import Arena, store64
 from libfp.jit import memory as _memory
-from libfp.ports.rings import STACK, FreeFrames, RingAddresses
+from libfp.ports.rings import STACK, FreeFrames, PortBlocks, RingAddresses
+
+#: Bytes of a packet that a stage may look at that says it looks at headers only (`libfp.stage.headers_only`).
+HEADERS = 192
 
 
 class FrameMemory:
@@ -49,6 +52,15 @@ class FrameMemory:
         self._stack.close()
 
 
+class BlockWords(NamedTuple):
+    """What a port's block says that the port does not know: where its counters are; where a word is that is not 0
+    while somebody looks at whole packets; whether the stages look at no more than a packet's headers."""
+
+    counters: int
+    watched: int
+    headers_only: bool
+
+
 @dataclass
 class OpenPort:
     """One queue of a port, open for one worker: its rings (rx, tx, fill, completion), and what to poll.
@@ -61,6 +73,18 @@ class OpenPort:
     zero_copy: bool
     flight_limit: int
     resource: Any
+
+    def fill_in(self, blocks: PortBlocks, number: int, frames: FrameMemory, asked: BlockWords) -> None:
+        """Write the block of a worker's port `number`."""
+        blocks.fill_in(
+            number,
+            self.rings,
+            counters=asked.counters,
+            flight_limit=self.flight_limit,
+            fd=self.fd,
+            umem_size=frames.size,
+            zero_copy=self.zero_copy,
+        )
 
     def close(self) -> None:
         """Close the queue's socket, and what belongs to it."""

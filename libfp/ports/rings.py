@@ -35,8 +35,8 @@ COUNTERS, FLIGHT_LIMIT, FD, UMEM_SIZE, ZERO_COPY = range(STATE, STATE + 40, 8)
 BLOCK = 512
 
 # Words of a port's counters, in the worker's statistics block.
-RX_PACKETS, RX_BYTES, TX_PACKETS, TX_BYTES, TX_FULL, RX_STARVED = range(0, 48, 8)
-COUNTER_NAMES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes", "tx_full", "rx_starved")
+RX_PACKETS, RX_BYTES, TX_PACKETS, TX_BYTES, TX_FULL, RX_STARVED, RX_ERRORS = range(0, 56, 8)
+COUNTER_NAMES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes", "tx_full", "rx_starved", "rx_errors")
 COUNTERS_SIZE = 64
 
 NEED_WAKEUP = 1

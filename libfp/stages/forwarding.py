@@ -48,6 +48,7 @@ from libfp.stages.routes import (
 _IP = ETHERNET_SIZE
 
 
+@stage.headers_only
 @stage.burst
 def forward(burst: Burst, routes: RoutesView) -> None:
     """Verify, look up, rewrite and send the IP packets of the burst: `route` and `rewrite` in one, and faster.
@@ -93,6 +94,7 @@ def forward(burst: Burst, routes: RoutesView) -> None:
         store32(at + VERDICT + 4 * i, verdict)
 
 
+@stage.headers_only
 @stage.burst
 def route(burst: Burst, routes: RoutesView) -> None:
     """The first half of `forward`: verify and look up, and drop or punt what `forward` would.
@@ -117,6 +119,7 @@ def route(burst: Burst, routes: RoutesView) -> None:
             burst.punt(i, "redirect")
 
 
+@stage.headers_only
 @stage.burst
 def rewrite(burst: Burst, routes: RoutesView) -> None:
     """The second half of `forward`: one less TTL or hop limit, MAC addresses, and out by the port of the next hop."""

@@ -35,6 +35,7 @@ _IPV4_TYPE = 0x0008  # 0x0800 as the machine loads it
 _IPV6_TYPE = 0xDD86
 
 
+@stage.headers_only
 @stage.burst
 def parse(burst: Burst) -> None:
     """Mark sound IPv4 packets (RFC 791, RFC 1812 section 5.2.2 without the checksum, which `forward` verifies) and

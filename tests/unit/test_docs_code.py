@@ -48,7 +48,7 @@ INSTALLING = ("python3 -m venv ", ". ", "pip ")
 #: Programs that are no part of libfp, in commands that are shown and not run.
 OTHERS = {
     *("apt-get", "cat", "chmod", "ethtool", "export", "ip", "kill", "mkdir", "modprobe", "nft", "openssl", "ping"),
-    *("sysctl", "systemctl", ".", "python", "python3"),
+    *("dpdk-testpmd", "vppctl", "sysctl", "systemctl", ".", "python", "python3"),
 }
 #: What cannot be run here: the page, and the reason that stands in it. As few as possible.
 LEFT_OUT: set[tuple[str, str]] = set()
