@@ -64,7 +64,9 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--source", multiple=True, metavar="ADDR", help="Source address; one of each family at most.")
 @click.option("--dst", multiple=True, metavar="PREFIX", help="Destination, an address or a prefix; likewise.")
 @click.option("--prefixes", metavar="FILE", help="Destinations in the prefixes of a file, one a line.")
-@click.option("--zipf", type=click.FloatRange(0), default=0.0, metavar="S", help="The k-th prefix 1/k^S times as often.")
+@click.option(
+    "--zipf", type=click.FloatRange(0), default=0.0, metavar="S", help="The k-th prefix 1/k^S times as often."
+)
 @click.option("-4", "ipv4", is_flag=True, help="IPv4 packets; with -6 both.")
 @click.option("-6", "ipv6", is_flag=True, help="IPv6 packets.")
 @click.option("--ttl", type=click.IntRange(1, 255), default=64, help="TTL or hop limit.  [64]")
@@ -87,7 +89,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 def gen(**options: Any) -> None:
     """Send packets by each PORT, and tell what came of them by these and by those of --to: loss, order, time.
 
-    A PORT is an interface (queue 0, through AF_XDP), memif:SOCKET,role=client,id=0 where that is built in, pcap:FILE
+    A PORT is an interface (queue 0, through AF_XDP), memif:SOCKET,role=client,id=0, pcap:FILE
     (written by who sends, read by who receives), or memory (what is sent is received). With two PORTs each sends,
     the second the other way. Frames are UDP to port 7 with a signature; only those are taken from an interface, the
     rest is Linux's.
@@ -171,20 +173,14 @@ def _ports(options: dict[str, Any], names: Sequence[str], sending: int) -> tuple
 
             made.append(PcapPort(rest, "w" if number < sending else "r"))
         elif colon and kind == "memif":
-            made.append(_memif(name))
+            from libfp.ports.names import memif_ports
+
+            made += memif_ports([name], queues=1)
         elif colon:
             raise BadInput(f"no port {name!r}", "an interface, memif:..., pcap:FILE or memory")
         else:
             made.append(_interface(options, name))
     return made, cables
-
-
-def _memif(name: str) -> Any:
-    try:
-        from libfp.ports.names import port_of  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise BadInput(f"no port {name!r}: memif is not built in", "an interface, pcap:FILE or memory") from None
-    return port_of(name, queues=1)
 
 
 def _interface(options: dict[str, Any], name: str) -> Any:
@@ -213,9 +209,7 @@ def _wait_for_peers(ports: Sequence[Any], generator: Generator, seconds: float =
 # -- traffic
 
 
-def _traffics(
-    options: dict[str, Any], names: Sequence[str]
-) -> tuple[list[Traffic], list[tuple[str, list[Traffic]]]]:
+def _traffics(options: dict[str, Any], names: Sequence[str]) -> tuple[list[Traffic], list[tuple[str, list[Traffic]]]]:
     """What each port sends; with --rfc2544, for each size."""
     from libfp.gen import Traffic
     from libfp.gen.rfc2544 import traffics

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from libfp.gen.histogram import Histogram as Histogram
     from libfp.gen.report import Report as Report
     from libfp.gen.report import Stream as Stream
+    from libfp.gen.rfc2544 import Throughput as Throughput
+    from libfp.gen.rfc2544 import Trial as Trial
+    from libfp.gen.rfc2544 import search as search
+    from libfp.gen.rfc2544 import throughput as throughput
+    from libfp.gen.rfc2544 import traffics as traffics
     from libfp.gen.station import Generator as Generator
     from libfp.gen.station import Receiver as Receiver
     from libfp.gen.station import Virtual as Virtual
     from libfp.gen.station import loopback as loopback
     from libfp.gen.traffic import IMIX as IMIX
+    from libfp.gen.traffic import RFC2544_SIZES as RFC2544_SIZES
     from libfp.gen.traffic import Traffic as Traffic
 
 _HOME = {
@@ -30,6 +36,12 @@ _HOME = {
     "Receiver": "station",
     "Traffic": "traffic",
     "IMIX": "traffic",
+    "RFC2544_SIZES": "traffic",
+    "Throughput": "rfc2544",
+    "Trial": "rfc2544",
+    "search": "rfc2544",
+    "throughput": "rfc2544",
+    "traffics": "rfc2544",
     "Report": "report",
     "Stream": "report",
     "Histogram": "histogram",

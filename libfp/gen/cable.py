@@ -200,15 +200,30 @@ class Cable:
         for where, ring in ((TX, near.tx), (COMPLETION, near.completion), (FILL, far.fill), (RX, far.rx)):
             self._ring(at + where, ring)
         values: dict[int, Any] = {
-            **{FROM: near.frames.address, FROM_STRIDE: near.frames.frame_size, TO: far.frames.address, FRAME_SIZE: far.frames.frame_size},
-            **{DROP: self.drop, DUPLICATE: self.duplicate, CORRUPT: self.corrupt, DELAY: self.delay},
-            **{OVERTAKEN: self.overtaken, HELD: -1, LIMITED: int(self.capacity > 0)},
-            **{NEXT_RX: load32(far.rx.producer), NEXT_FILL: load32(far.fill.consumer)},
+            FROM: near.frames.address,
+            FROM_STRIDE: near.frames.frame_size,
+            TO: far.frames.address,
+            FRAME_SIZE: far.frames.frame_size,
+            DROP: self.drop,
+            DUPLICATE: self.duplicate,
+            CORRUPT: self.corrupt,
+            DELAY: self.delay,
+            OVERTAKEN: self.overtaken,
+            HELD: -1,
+            LIMITED: int(self.capacity > 0),
+            NEXT_RX: load32(far.rx.producer),
+            NEXT_FILL: load32(far.fill.consumer),
         }
         for offset, value in values.items():
             store64(at + offset, value)
         pacing.set_rate(at, hz, pps=self.capacity)
         return at
+
+    def begin(self, now: int) -> None:
+        """A test begins: what the cable may carry at once is as much as it can be."""
+        if self._arena is not None:
+            store64(self._arena.address + pacing.LAST, now)
+            store64(self._arena.address + pacing.CREDIT, load64(self._arena.address + pacing.DEPTH))
 
     @staticmethod
     def _ring(at: int, ring: RingAddresses) -> None:

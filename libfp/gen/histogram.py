@@ -6,6 +6,7 @@ value is too large. From Python: percentiles, and a drawing in text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -85,7 +86,7 @@ class Histogram:
         """(from, to, how many) for each power of 2 between the first that is not empty and the last."""
         edges = [0, *(1 << SUB << n for n in range(63 - SUB + 1))]
         starts = [0, *((n + 1) << SUB for n in range(64 - SUB - 1)), BUCKETS]
-        sums = [int(self.counts[a:b].sum()) for a, b in zip(starts, starts[1:], strict=False)]
+        sums = [int(self.counts[a:b].sum()) for a, b in itertools.pairwise(starts)]
         used = [n for n, found in enumerate(sums) if found]
         for n in range(used[0], used[-1] + 1) if used else ():
             yield edges[n] / self.unit, edges[n + 1] / self.unit, sums[n]

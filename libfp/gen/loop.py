@@ -13,7 +13,6 @@ from typing import Any
 from libfp.gen import arrivals, histogram
 from libfp.gen.arrivals import (
     BYTES,
-    DUPLICATES,
     FIRST,
     LATENCY,
     LEAST,
@@ -32,7 +31,6 @@ from libfp.gen.signature import (
     SEQUENCE_BITS,
     SEQUENCE_MASK,
     STREAM_MASK,
-    fold,
     halves,
     is_intact,
     payload_of,
@@ -59,6 +57,7 @@ from libfp.jit import (
     word,
 )
 from libfp.packet.burst import Burst
+from libfp.ports.memif_rings import MemifRings
 from libfp.ports.memory import HEADROOM
 from libfp.ports.rings import BLOCK as PORT_BLOCK
 from libfp.ports.rings import FD, FreeFrames, PortRings
@@ -96,6 +95,19 @@ class RingPorts:
         fd = load64(rings.at + FD)
         if fd >= 0 and rings.wants_tx_kick():
             call(load64(tester + SENDTO), fd, 0, 0, MSG_DONTWAIT, 0, 0)
+
+
+@native
+class MemifPorts:
+    """Ports with memif's rings."""
+
+    at: word
+
+    def rings(self, port: int) -> MemifRings:
+        return MemifRings(self.at + port * PORT_BLOCK)
+
+    def kick(self, port: int, tester: int) -> None:
+        """Nobody sleeps."""
 
 
 @kernel

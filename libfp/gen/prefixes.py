@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import ipaddress
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,29 @@ from libfp.errors import BadInput
 Prefixes = tuple[np.ndarray, np.ndarray]
 
 
-def read(path: str, most: int = 4_000_000) -> dict[int, Prefixes]:
+def read(path: str) -> dict[int, Prefixes]:
     """The prefixes at `path` by family (4, 6): addresses as rows of two u64 (high and low) and lengths, as they stand.
 
     Of a line the first word counts; empty lines and what follows a # do not. IPv4 addresses are in the low word. Raises
     BadInput that names the line.
     """
-    found: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
     try:
-        opened = gzip.open(path, "rt") if Path(path).read_bytes()[:2] == b"\x1f\x8b" else open(path)
-        with opened as file:
-            for number, line in enumerate(file, 1):
-                words = line.partition("#")[0].split(maxsplit=1)
-                if not words:
-                    continue
-                try:
-                    family, address, length = _prefix(words[0])
-                except ValueError:
-                    raise BadInput(f"{path}, line {number}: no prefix: {words[0]!r}", "such as 192.0.2.0/24") from None
-                found[family].append((address, length))
-                if number > most:
-                    raise BadInput(f"{path} has more than {most:,} lines", "take a part of it")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        text = data.decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "a text file") from None
+    found: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split(maxsplit=1)
+        if not words:
+            continue
+        try:
+            family, address, length = _prefix(words[0])
+        except ValueError:
+            raise BadInput(f"{path}, line {number}: no prefix: {words[0]!r}", "such as 192.0.2.0/24") from None
+        found[family].append((address, length))
     if not any(found.values()):
         raise BadInput(f"{path} has no prefix", "one a line, such as 192.0.2.0/24")
     return {family: _arrays(some) for family, some in found.items() if some}
@@ -71,7 +72,9 @@ def draw(prefixes: Prefixes, family: int, count: int, zipf: float, random: np.ra
     if zipf:
         order = random.permutation(usable)
         weights = np.arange(1.0, len(order) + 1) ** -zipf
-        drawn = order[np.minimum(np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count)), len(order) - 1)]
+        drawn = order[
+            np.minimum(np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count)), len(order) - 1)
+        ]
     else:
         drawn = random.permutation(usable)[np.arange(count) % len(usable)]
     bits = 32 if family == 4 else 128

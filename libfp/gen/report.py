@@ -124,7 +124,9 @@ class Report:
     def latency(self) -> Histogram:
         """Of all streams together."""
         unit = self.streams[0].latency.unit if self.streams else 1.0
-        return Histogram(np.sum([stream.latency.counts for stream in self.streams], axis=0) if self.streams else [], unit)
+        return Histogram(
+            np.sum([stream.latency.counts for stream in self.streams], axis=0) if self.streams else [], unit
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -33,7 +33,8 @@ class Trial:
 class Throughput:
     """What a search has found for one size (a name, of a mix): the best trial that passed, None if none did.
 
-    `by_generator`: nothing was lost at the generator's own highest rate, so the device may be faster.
+    `by_generator`: too little was lost at the generator's own highest rate, so the device may be faster. Where that was
+    held up by the port (a full ring), the device, or the wire, has set the rate without losing: that is its rate.
     """
 
     size: str
@@ -76,22 +77,25 @@ def search(
 
     first = attempt(most)
     if first.passed:
-        return Throughput(size, first, 1, True)
+        held_up = most == 0 and any(stream.ring_full for stream in first.report.streams)
+        return Throughput(size, first, 1, not held_up)
     best: Trial | None = None
     low, high, count = 0.0, first.report.pps, 1
-    following = high * (1 - first.report.loss)
+    following = high * (1 - first.report.loss)  # what came through: often it is that
     while high > 0 and high - low > resolution * high and count < TRIALS:
         if not low < following < high:
-            following = (low + high) / 2
+            following = (low + high) / 2 if high < 2 * low or not low else (low * high) ** 0.5
         made = attempt(following)
         count += 1
-        if made.passed:
-            low = following
-            if best is None or made.report.pps >= best.report.pps:
-                best = made
-        else:
-            high = following
-        following = (low + high) / 2
+        following = 0.0
+        if not made.passed:
+            high = made.pps
+            continue
+        low = made.pps
+        if best is None:
+            following = low * (1 + resolution)  # often that is too much
+        if best is None or made.report.pps >= best.report.pps:
+            best = made
     return Throughput(size, best, count, False)
 
 
@@ -106,7 +110,7 @@ def throughput(
     resolution: float = 0.01,
     told: Callable[[str, Trial], None] = lambda size, trial: None,
 ) -> Iterator[Throughput]:
-    """`search` for each of (name, traffic of each port), in trials of `seconds` (RFC 2544, 24, wants 60 for the result)."""
+    """`search` for each of (name, traffic of each port), in trials of `seconds` (RFC 2544, 24: 60 for the result)."""
     for size, traffic in traffics:
         generator.load(traffic)
 

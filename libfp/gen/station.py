@@ -23,7 +23,8 @@ from libfp.jit import Arena, clock_hz, load64, load_acquire64, store64, store_re
 from libfp.jit.clock import now
 from libfp.jit.libc import address_of
 from libfp.packet.burst import BURST, BurstMemory
-from libfp.ports.frames import FrameMemory, OpenPort
+from libfp.ports.frames import BlockWords, FrameMemory, OpenPort
+from libfp.ports.memif_rings import MemifRings
 from libfp.ports.memory import HEADROOM, MemoryPort
 from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE, PortBlocks
 
@@ -118,8 +119,10 @@ class Station:
             store64(self._cables.address + 8 * number, one.connect(self.hz))
         self._watched = self._own(Arena(8))
         for number, port in enumerate(opened):
-            self._fill_in(number, port)
-        self._ring_ports = _ring_ports(self.ports[0], self._blocks.arena.address)
+            counters = self._counters.address + COUNTERS_SIZE * number
+            port.fill_in(self._blocks, number, self.frames, BlockWords(counters, self._watched.address, False))
+        memif = getattr(type(self.ports[0]), "rings", None) is MemifRings
+        self._loop_ports: Any = (loop.MemifPorts if memif else loop.RingPorts)(self._blocks.arena.address)
         values = {
             loop.PORTS: len(self.ports),
             loop.SENDERS: len(self._sending),
@@ -174,27 +177,8 @@ class Station:
             store64(at + loop.COUNT, schedule.count)
             store64(at + loop.FILLER, schedule.filler)
 
-    def _fill_in(self, number: int, port: OpenPort) -> None:
-        counters = self._counters.address + COUNTERS_SIZE * number
-        own: Any = getattr(port, "fill_in", None)  # of ports with rings of another kind
-        if own is not None:
-            from libfp.ports import frames
-
-            words: Any = getattr(frames, "BlockWords")  # noqa: B009
-            own(self._blocks, number, self.frames, words(counters, self._watched.address, False))
-            return
-        self._blocks.fill_in(
-            number,
-            port.rings,
-            counters=counters,
-            flight_limit=port.flight_limit,
-            fd=port.fd,
-            umem_size=self.frames.size,
-            zero_copy=port.zero_copy,
-        )
-
     def _call(self) -> None:
-        loop.run(self._ring_ports, self._burst.burst, self._tester.address)
+        loop.run(self._loop_ports, self._burst.burst, self._tester.address)
 
     # -- a test
 
@@ -207,6 +191,8 @@ class Station:
         for offset in (loop.NOW, loop.TURNS, loop.PACKETS, loop.FOREIGN, loop.CORRUPTED, loop.STALE):
             store64(tester + offset, 0)
         self._counters.words[:] = 0
+        for one in self.cables:
+            one.begin(begin)
         longest = max((one.longest for one in self.schedules), default=0)
         for number in range(len(self._sending)):
             at = self._senders.address + loop.SENDER_SIZE * number
@@ -261,7 +247,7 @@ class Station:
 
     @property
     def busy(self) -> bool:
-        """There is something to wait for: packets to send; to a receiver, packets that may come, or captures to read."""
+        """There is something to wait for: packets to send; of a receiver, such that may come, or captures to read."""
         if self._sending:
             return self.sending
         files = all(hasattr(port, "busy") for port in self.ports)
@@ -393,15 +379,6 @@ def _each(traffic: Traffic | Sequence[Traffic] | None, sending: Sequence[Any]) -
     if len(traffic) != len(sending):
         raise BadInput(f"traffic for {len(traffic)} of {len(sending)} ports", "one for all, or one for each")
     return list(traffic)
-
-
-def _ring_ports(port: Any, address: int) -> Any:
-    """The ports as the loop has them: by what kind of rings they have."""
-    if getattr(port, "rings", None) is not None:
-        from libfp.gen.memif import MemifPorts
-
-        return MemifPorts(address)
-    return loop.RingPorts(address)
 
 
 class Generator(Station):

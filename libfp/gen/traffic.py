@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Traffic:
     ttl: int = 64
     seed: int = 1
     pcap: str | None = None
-    _lists: dict[str, dict[int, lists.Prefixes]] = field(default_factory=dict, repr=False, compare=False)
+    _read: Any = field(default_factory=dict, repr=False, compare=False)
 
     def sizes(self) -> dict[int, int]:
         """How many frames of which size there are in a round of the mix."""
@@ -80,10 +81,12 @@ class Traffic:
         return sorted(self._prefixes()) if self.prefixes else [4]
 
     def _prefixes(self) -> dict[int, lists.Prefixes]:
+        """The list, read once: the same traffic in frames of another size shares it."""
         assert self.prefixes is not None
-        if self.prefixes not in self._lists:
-            self._lists[self.prefixes] = lists.read(self.prefixes)
-        return self._lists[self.prefixes]
+        made: dict[str, dict[int, lists.Prefixes]] = self._read
+        if self.prefixes not in made:
+            made[self.prefixes] = lists.read(self.prefixes)
+        return made[self.prefixes]
 
     @property
     def flow_count(self) -> int:
@@ -197,7 +200,9 @@ class Schedule:
         return self.address + at
 
     def _entry(self, number: int, source: int, length: int, total: int, payload: int) -> None:
-        self._arena.buffer[ENTRY * number : ENTRY * (number + 1)] = struct.pack("<qIHBx", source, length, total, payload)
+        self._arena.buffer[ENTRY * number : ENTRY * (number + 1)] = struct.pack(
+            "<qIHBx", source, length, total, payload
+        )
 
     def _made(self, traffic: Traffic) -> None:
         traffic.check()

@@ -50,7 +50,7 @@ class PcapPort(MemoryPort):
             self._thread = threading.Thread(target=self._guarded, args=(self._read, Capture(self.path)), daemon=True)
         else:
             try:
-                file = open(self.path, "wb")  # the thread closes it
+                file = open(self.path, "wb")  # noqa: SIM115  the thread closes it
             except OSError as error:
                 raise BadInput(f"cannot write {self.path}: {error.strerror}", "name a file you may write") from None
             self._thread = threading.Thread(target=self._guarded, args=(self._write, file), daemon=True)

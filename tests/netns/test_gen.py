@@ -83,7 +83,7 @@ def test_sender_and_receiver_in_two_processes_agree(net: tuple[Host, Host]) -> N
 
 
 def test_an_interface_needs_to_know_for_whom_frames_are(net: tuple[Host, Host]) -> None:
-    tester, device = net
+    tester, _ = net
     command = [sys.executable, "-m", "libfp", "gen", "t0", "--packets", "1"]
     refused = tester.run(command, check=False)
     assert refused.returncode == 2

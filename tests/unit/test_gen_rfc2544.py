@@ -37,10 +37,10 @@ def test_a_search_ends_within_its_resolution_of_what_is_there(capacity: float, l
     found = search(trial, loss=loss, told=trials.append)
     assert found.best is not None
     assert found.best.report.loss <= loss
-    highest = capacity / (1 - loss)
+    highest = min(capacity / (1 - loss), 10e6)
     assert highest * 0.985 - 0.1 <= found.best.report.pps <= highest * 1.0001 + 0.1
-    assert found.trials == len(trials) <= 12
-    assert not found.by_generator
+    assert found.trials == len(trials) <= 24
+    assert found.by_generator == (highest == 10e6)
     assert found.best.report.pps == max(one.report.pps for one in trials if one.passed)
 
 
@@ -121,16 +121,15 @@ def test_the_command_searches_sends_and_prints(capsys: pytest.CaptureFixture[str
         ("memory --size 64:x", "--size"), ("memory --pps nope", "--pps"), ("nosuch0", "nosuch0"),
         ("memory --pps 1k --bps 1k", "two rates"), ("memory --prefixes /nope", "/nope"), ("memory --zipf 1", "Zipf"),
         ("memory --dst foo", "--dst"), ("memory --source 1.2.3.4 --source 1.2.3.5", "second"),
-        ("memory --core 99", "core 99"), ("memory --rfc2544 --bps 1G", "--bps"), ("memory --rfc2544 --loss 2", "shares"),
+        ("memory --core 99", "core 99"), ("memory --rfc2544 --bps 1G", "--bps"),
+        ("memory --rfc2544 --loss 2", "shares"),
         ("memory --pcap /etc/passwd", "pcap"), ("pcap:/nonexistent/x --packets 1", "cannot write"),
         ("pcap:/etc/passwd --receive", "pcap"), ("memory --receive --flows 3", "--flows"),
         ("memory pcap:/tmp/x --dst 10.0.0.0/8", "both ways"), ("memory -6 --size 64", "84"),
         ("memory --dst-mac nonsense --packets 1", "MAC"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line_and_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: str, said: str
-) -> None:
+def test_what_cannot_be_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
     status, _, errors = fp(capsys, *arguments.split())
     assert status == 2
     assert said in errors
