@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from libfp.gen.rfc2544 import traffics as traffics
     from libfp.gen.station import Generator as Generator
     from libfp.gen.station import Receiver as Receiver
+    from libfp.gen.station import Station as Station
     from libfp.gen.station import Virtual as Virtual
     from libfp.gen.station import loopback as loopback
     from libfp.gen.traffic import IMIX as IMIX
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Generator": "station",
     "Receiver": "station",
+    "Station": "station",
     "Traffic": "traffic",
     "IMIX": "traffic",
     "RFC2544_SIZES": "traffic",

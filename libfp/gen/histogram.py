@@ -63,14 +63,17 @@ class Histogram:
 
     @property
     def minimum(self) -> float:
+        """The least value; 0 if there is none."""
         return self._seconds(int(np.flatnonzero(self.counts)[0])) if self.total else 0.0
 
     @property
     def maximum(self) -> float:
+        """The greatest value; 0 if there is none."""
         return self._seconds(int(np.flatnonzero(self.counts)[-1])) if self.total else 0.0
 
     @property
     def mean(self) -> float:
+        """The mean; 0 if there is none."""
         if not self.total:
             return 0.0
         middles = np.array([self._seconds(int(one)) for one in np.flatnonzero(self.counts)])

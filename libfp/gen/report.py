@@ -36,6 +36,7 @@ class Stream:
 
     @property
     def lost(self) -> int:
+        """Packets that did not come intact."""
         return self.sent - self.received
 
     @property
@@ -77,6 +78,7 @@ class Report:
 
     @property
     def sent(self) -> int:
+        """Packets that the ports have taken."""
         return self._sum("sent")
 
     @property
@@ -86,6 +88,7 @@ class Report:
 
     @property
     def lost(self) -> int:
+        """Packets that did not come intact."""
         return self.sent - self.received
 
     @property
@@ -95,14 +98,17 @@ class Report:
 
     @property
     def duplicates(self) -> int:
+        """Packets that came again."""
         return self._sum("duplicates")
 
     @property
     def reordered(self) -> int:
+        """Packets that came after one sent later."""
         return self._sum("reordered")
 
     @property
     def late(self) -> int:
+        """Packets too late to be told from duplicates."""
         return self._sum("late")
 
     @property
