@@ -118,7 +118,7 @@ def gen(**options: Any) -> None:
             Generator(sending, first, to=made[len(names) :], core=options["core"], cables=cables)
         )
         interrupts.check()
-        _wait_for_peers(made, generator)
+        generator.wait_connected()
         if searched:
             _search(options, generator, searched)
             return
@@ -190,20 +190,6 @@ def _interface(options: dict[str, Any], name: str) -> Any:
 
     taken = ("ip", "ip6") if options["pcap"] else (f"udp dport {ECHO}",)
     return XdpPort(name, Steer(*taken), xdp=options["mode"])
-
-
-def _wait_for_peers(ports: Sequence[Any], generator: Generator, seconds: float = 10.0) -> None:
-    """Ports that have a peer at the other end of a socket wait for it; the loop must run for that."""
-    if not any(hasattr(port, "connected") for port in ports):
-        return
-    generator.start(packets=0)
-    end = time.monotonic() + seconds
-    while not all(getattr(port, "connected", True) for port in ports):
-        if time.monotonic() > end:
-            name = next(port.name for port in ports if not getattr(port, "connected", True))
-            raise BadInput(f"{name}: nobody at the other end for {seconds:g} s", "start it, or look at the socket")
-        time.sleep(0.01)
-    generator.stop()
 
 
 # -- traffic

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from libfp.gen.rfc2544 import search as search
     from libfp.gen.rfc2544 import throughput as throughput
     from libfp.gen.rfc2544 import traffics as traffics
+    from libfp.gen.sink import Sink as Sink
     from libfp.gen.station import Generator as Generator
     from libfp.gen.station import Receiver as Receiver
     from libfp.gen.station import Station as Station
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Generator": "station",
     "Receiver": "station",
+    "Sink": "sink",
     "Station": "station",
     "Traffic": "traffic",
     "IMIX": "traffic",

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from libfp.errors import BadInput, Error
+from libfp.errors import BadInput, Error, PeerGone
 from libfp.gen import arrivals, histogram, loop, pacing
 from libfp.gen.cable import Cable
 from libfp.gen.histogram import Histogram
@@ -424,6 +424,21 @@ class Generator(Station):
         if (seconds is not None and seconds <= 0) or (packets is not None and packets < 0):
             raise BadInput(f"a test of {seconds} seconds, {packets} packets", "above 0")
         self._begin(pps, bps, seconds, packets)
+
+    def wait_connected(self, seconds: float = 10.0) -> None:
+        """Until there is somebody at the other end of each port that has a peer (memif's do). Raises PeerGone."""
+        ports = [port for port in self.ports if hasattr(port, "connected")]
+        self.start(packets=0)
+        end = time.monotonic() + seconds
+        while missing := [port for port in ports if not port.connected]:
+            if time.monotonic() > end:
+                why = getattr(missing[0], "error", None)
+                what = f"{missing[0].name}: nobody at the other end for {seconds:g} s" + (
+                    f" ({why.what})" if why else ""
+                )
+                raise PeerGone(what, "start it, or look at the socket and the role")
+            time.sleep(0.005)
+        self.stop()
 
     def run(
         self,

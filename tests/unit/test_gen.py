@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import ipaddress
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from libfp import BadInput
+from libfp import BadInput, PeerGone
 from libfp.gen import IMIX, Cable, Generator, Histogram, Receiver, Report, Traffic, Virtual, histogram, loopback, pacing
 from libfp.gen import arrivals as a
 from libfp.gen.prefixes import read
@@ -23,9 +24,11 @@ from libfp.gen.signature import ECHO, SIGNATURE
 from libfp.gen.traffic import Schedule
 from libfp.jit import BOUNDSCHECK, INTERPRETED, Arena, load64, store64
 from libfp.ports import Capture, MemoryPort, PcapPort, PcapWriter
-from libfp.testing import internet_checksum, udp
+from libfp.ports.memif import MemifPort
+from libfp.testing import internet_checksum, udp, wait_until
 
-MANY = 300 if INTERPRETED or BOUNDSCHECK else 20_000
+SLOW = INTERPRETED or BOUNDSCHECK
+MANY = 300 if SLOW else 20_000
 
 
 def looped(traffic: Traffic, packets: int = MANY, pps: float = 10e6, **faults: Any) -> tuple[Report, dict[str, int]]:
@@ -238,6 +241,34 @@ def test_a_receiver_learns_streams_and_tells_of_each() -> None:
         report = receiver.finish()
     assert sorted(stream.received for stream in report.streams) in ([499, 500], [500, 500])
     assert [stream.lost for stream in report.streams] == [0, 0]  # what was before the first is not known
+
+
+@pytest.mark.skipif(SLOW, reason="a loop that others wait for")
+def test_generator_and_receiver_agree_over_memif() -> None:
+    ends = [MemifPort(role, socket=f"@gen{os.getpid()}", role=role) for role in ("server", "client")]  # type: ignore[arg-type]
+    with Generator([ends[1]], Traffic(size=IMIX, flows=7), to=[ends[0]]) as generator:
+        generator.wait_connected()
+        report = generator.run(packets=MANY)
+        assert (report.sent, report.received, report.packets, report.corrupted) == (MANY, MANY, MANY, 0)
+        assert report.counters["client"]["tx_bytes"] == report.counters["server"]["rx_bytes"]
+        generator.load(Traffic(size=1518, families=(4, 6), flows=2))
+        report = generator.run(packets=MANY)
+        assert (report.sent, report.received, report.reordered) == (MANY, MANY, 0)
+    alone = MemifPort("alone", socket=f"@gen{os.getpid()}", role="client")
+    with Generator([alone], Traffic()) as generator, pytest.raises(PeerGone, match="alone: nobody"):
+        generator.wait_connected(0.01)
+
+
+@pytest.mark.skipif(SLOW, reason="a loop that others wait for")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two loops that never sleep want two cores")
+def test_a_sink_takes_everything() -> None:
+    ends = [MemifPort(role, socket=f"@sink{os.getpid()}", role=role) for role in ("server", "client")]  # type: ignore[arg-type]
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    with Sink([ends[0]], core=first) as sink, Generator([ends[1]], Traffic(), core=last) as generator:
+        sink.start()
+        generator.wait_connected()
+        sent = generator.run(packets=MANY, wait=0).sent
+        wait_until(lambda: sink.report().packets == sent == MANY, 10.0, "the last packet")
 
 
 def test_generator_and_receiver_agree_over_a_capture(tmp_path: Path) -> None:
