@@ -295,7 +295,7 @@ def _show(options: dict[str, Any], station: Generator | Receiver, start: Any) ->
                 _pause(station, deadline)
     except KeyboardInterrupt:
         station.cease()
-    report = station.finish()
+    report = station.finish(wait=2.0 if station.traffics else 0.1)
     if options["as_json"]:
         click.echo(json.dumps(report.as_dict()))
         return
@@ -394,12 +394,15 @@ def _search(options: dict[str, Any], generator: Generator, searched: Sequence[tu
                 console.print(text, highlight=False, soft_wrap=True)
 
         chosen = {"seconds": options["seconds"] or 2.0, "loss": options["loss"], "most": options["pps"]}
-        for one in throughput(generator, searched, **chosen, resolution=options["resolution"], told=told):
-            found.append(one)
-            if as_json:
-                click.echo(json.dumps({"event": "throughput", **one.as_dict()}))
-    if not as_json:
-        console.print(_throughputs(found))
+        try:
+            for one in throughput(generator, searched, **chosen, resolution=options["resolution"], told=told):
+                found.append(one)
+                if as_json:
+                    click.echo(json.dumps({"event": "throughput", **one.as_dict()}))
+        finally:  # also of a search that was interrupted
+            live.stop()
+            if not as_json:
+                console.print(_throughputs(found))
 
 
 def _throughputs(found: Sequence[Throughput], now: str = "") -> RenderableType:

@@ -433,10 +433,8 @@ class Generator(Station):
         while missing := [port for port in ports if not port.connected]:
             if time.monotonic() > end:
                 why = getattr(missing[0], "error", None)
-                what = f"{missing[0].name}: nobody at the other end for {seconds:g} s" + (
-                    f" ({why.what})" if why else ""
-                )
-                raise PeerGone(what, "start it, or look at the socket and the role")
+                what = f"{missing[0].name}: nobody at the other end for {seconds:g} s"
+                raise PeerGone(what, why.what if why else "start it, or look at the socket and the role")
             time.sleep(0.005)
         self.stop()
 

@@ -17,7 +17,20 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from libfp import BadInput, PeerGone
-from libfp.gen import IMIX, Cable, Generator, Histogram, Receiver, Report, Traffic, Virtual, histogram, loopback, pacing
+from libfp.gen import (
+    IMIX,
+    Cable,
+    Generator,
+    Histogram,
+    Receiver,
+    Report,
+    Sink,
+    Traffic,
+    Virtual,
+    histogram,
+    loopback,
+    pacing,
+)
 from libfp.gen import arrivals as a
 from libfp.gen.prefixes import read
 from libfp.gen.signature import ECHO, SIGNATURE
