@@ -21,7 +21,7 @@ from libfp.apps.ipsec.esp_out import protect
 from libfp.apps.ipsec.esp_select import select
 from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
-from libfp.jit import Arena, clock, clock_hz, copy64, kernel, load32, store32, store64
+from libfp.jit import Arena, clock, clock_hz, copy64, kernel, load32, load64, store32, store64
 from libfp.packet.burst import FRAME, FRAME_SIZE, KIND, LENGTH, MARK, STRIDE, VERDICT, WORKERS, BurstMemory
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
@@ -86,7 +86,7 @@ def timed(what, burst, base, model, begin, length, own, sas, policies, routes, g
                 _PARSE(burst)
             if what == PROTECT:
                 for i in range(BURST):
-                    store64(burst.at + MARK + 8 * i, record.MARK | own)
+                    store64(burst.at + MARK + 8 * i, load64(own + record.TICKET))
             start = clock()
             if what == ROUTER:
                 _PARSE(burst)
@@ -101,6 +101,11 @@ def timed(what, burst, base, model, begin, length, own, sas, policies, routes, g
             right += good_of(what, burst)
     store64(good, right)
     return ticks
+
+
+def _view(table: Any) -> Any:
+    """The master of a table, and a worker's part of what has none."""
+    return table.view() if hasattr(table, "view") else table.join(0).view
 
 
 class Bed:
@@ -121,7 +126,7 @@ class Bed:
             policies = Policies(sas)
             policies.load([Policy("protect", nets[here], nets[there], tunnel="t")])
             self._policies.append(policies)
-            views.append([one.stage_view(lambda table: table.view()) for one in (sas, policies)])
+            views.append([one.stage_view(_view) for one in (sas, policies)])
         self._views, self._hops = views, self.routes.stage_view(lambda table: table.view())
         self._burst, self._good = BurstMemory(), Arena(64)
         for offset, value in ((WORKERS, 1), (STRIDE, SLOT), (FRAME_SIZE, SLOT)):

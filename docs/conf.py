@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pygments.lexers.special import TextLexer
 from sphinx.pycode import ModuleAnalyzer
 
 # Kernels and entry points are plain functions then, and nothing is compiled.
@@ -52,6 +53,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"libfp\.(tables\.words\.Words|tables\.table\.Subscriber|engine\.replicas\.Replicas)"),
     (r"py:class", r"libfp\.(stages\.routes\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
     (r"py:class", r"libfp\.ports\.(rings\.PortBlocks|frames\.BlockWords|memif_rings\.MemifRings)"),
+    (r"py:class", r"libfp\.apps\.ipsec\.(record\.SasView|policies\.PoliciesView)"),
 ]
 
 #: What other calls return, or stages are given, as all views: how they are made is no part of the surface.
@@ -196,3 +198,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-bases", _bases)
     app.connect("autodoc-skip-member", _skip)
+    app.add_lexer("nft", TextLexer)  # rulesets: Pygments has none for them

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from libfp.errors import PeerLied as PeerLied
     from libfp.errors import PeerUnsuitable as PeerUnsuitable
     from libfp.errors import PolicyConflict as PolicyConflict
+    from libfp.errors import StageError as StageError
     from libfp.errors import TableFull as TableFull
     from libfp.errors import UnsuitableInterface as UnsuitableInterface
     from libfp.errors import Unsupported as Unsupported
@@ -52,6 +53,7 @@ _ERRORS = (
     "PeerLied",
     "PeerUnsuitable",
     "PolicyConflict",
+    "StageError",
     "TableFull",
     "UnsuitableInterface",
     "Unsupported",

@@ -13,9 +13,12 @@ from libfp.cli import options, running
 if TYPE_CHECKING:
     from libfp.apps.firewall.following import Following
 
+#: Reasons to punt what Linux may well go on to forward.
+BY_LINUX = ("fragment", "untracked-protocol", "untracked-icmp", "ipv6-extension", "crossed-echo", "flow-unknown")
+
 
 @click.command(
-    cls=options.Application,
+    cls=options.Command,
     commands={"rules": "libfp.apps.firewall.rules:rules"},
     epilog="`fp firewall rules [NAME]` shows the rules of a running firewall, with their hits.",
 )
@@ -57,9 +60,11 @@ def firewall(context: click.Context, config: str | None, **given: Any) -> None:
 
     def pipeline(linux: Any) -> Any:
         from libfp import Pipeline
+        from libfp.engine.reasons import FORWARDED_RATE
 
         rules[0].changed()  # what has become of them since they were read: from here on Linux tells of changes
-        return Pipeline(*_stages(linux, rules[0].policy, rules[0].connections))
+        rates = dict.fromkeys(BY_LINUX, FORWARDED_RATE)
+        return Pipeline(*_stages(linux, rules[0].policy, rules[0].connections), rates=rates)
 
     def started(app: Any, linux: Any) -> None:
         from libfp.linux.verify import handler

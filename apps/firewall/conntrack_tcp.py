@@ -145,23 +145,30 @@ def _reset(rules, at, notes, way, old, seq):  # type: ignore[no-untyped-def]
 
 @kernel
 def _window(at, notes, way, old, flags, index, last, ack, window):  # type: ignore[no-untyped-def]
-    """What has been sent and acknowledged; the notes."""
-    other, end = 1 - way, load32(at + ENDS + 4 * way)
+    """What has been sent and acknowledged; the notes. Nothing is learnt of data that the other end has not sent."""
+    other, end, theirs = 1 - way, load32(at + ENDS + 4 * way), load32(at + ENDS + 4 * (1 - way))
     again = flags & 2 != 0 and before(end, last) and (old in (SYN_SENT, SYN_RECV))
     if notes & _BEGUN << way == 0 or again:
-        store32(at + ENDS + 4 * way, last)
+        end = last
+        store32(at + ENDS + 4 * way, end)
         notes = notes & ~((_ACKED | _UNACKED) << way) | _BEGUN << way
-    elif before(end, last):
+        if flags & 0x12 == 2 and (way == 1 or not again):
+            return notes
+        if flags & 2 == 0 and ack == u32(theirs + 1):  # likely it answers a keep-alive
+            theirs = ack
+            store32(at + ENDS + 4 * other, theirs)
+    if flags & 16 == 0 or (ack == 0 and flags & 4 != 0):
+        ack = theirs
+    elif notes & _BEGUN << other == 0 or before(theirs, ack):
+        return notes
+    if before(end, last):
         store32(at + ENDS + 4 * way, last)
         notes |= _UNACKED << way
-    if flags & 16 == 0:
+    if flags & 16 != 0 and (notes & _ACKED << way == 0 or before(load32(at + ACKS + 4 * way), ack)):
+        store32(at + ACKS + 4 * way, ack)
+        notes |= _ACKED << way
+    if ack == theirs:
         notes &= ~(_UNACKED << other)
-    elif flags & 4 == 0:
-        if notes & _ACKED << way == 0 or before(load32(at + ACKS + 4 * way), ack):
-            store32(at + ACKS + 4 * way, ack)
-            notes |= _ACKED << way
-        if ack == load32(at + ENDS + 4 * other):
-            notes &= ~(_UNACKED << other)
     if index == ACK:
         same = notes & _LAST_REPLY == _LAST_REPLY * way and notes >> _WINDOW_AT == window
         if same and load64(at + LAST) == last | ack << 32:
@@ -211,7 +218,8 @@ def tcp_packet(rules, table, at, way, l4, end):  # type: ignore[no-untyped-def]
             new = _reset(rules, at, notes, way, old, seq)
             if new == _INVALID:
                 return INVALID
-    notes = _window(at, notes, way, old, flags, index, last, ack, window)
+    if index != RST or old < FIN_WAIT or old > CLOSE:
+        notes = _window(at, notes, way, old, flags, index, last, ack, window)
     notes = notes & ~_LAST | index | _LAST_REPLY * way
     if new == FIN_WAIT and old != new:
         notes |= _CLOSE_INIT

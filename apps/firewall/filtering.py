@@ -47,12 +47,14 @@ from libfp.apps.firewall.reading import (
 from libfp.engine.decorator import stage
 from libfp.jit import kernel, load8, load16be, load32, load64, store16be, store32, store64, unlikely
 from libfp.packet.burst import KIND as BURST_KIND
-from libfp.packet.burst import KIND_FLAGS, KIND_IPV4, KIND_IPV6, NEXT_HOP, Burst
+from libfp.packet.burst import KIND_IPV4, KIND_IPV6, KIND_KEPT, KIND_MADE, NEXT_HOP, Burst
 from libfp.packet.headers import IPV6_SIZE
 from libfp.stages.routes import RoutesView, out_port
 from libfp.tables.flow_record import ASSURED, CREATED_AT, FLAGS, NOW, TIMEOUTS, set_deadline
 from libfp.tables.flow_table import enter, entry_of, find
 from libfp.tables.flow_view import HASH, KIND, LINE
+
+__all__ = ["filter"]
 
 _UDP, _UDP_STREAM, _ICMP, _ICMPV6 = 12, 13, 14, 15  # states of flows
 _STREAM_AFTER = 200  # ticks
@@ -64,14 +66,15 @@ _MANY = 12  # headers that are looked up faster all 64 than one by one
 def filter(burst: Burst, routes: RoutesView, acl, acl6, hits, connections):  # type: ignore[no-untyped-def]  # noqa: A001
     """Drop what the rules drop ("filtered"), punt what they reject ("reject"); what they accept goes on to `rewrite`.
 
-    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`.
+    `parse`, `by_flow` and `route` have run. `acl`, `acl6` and `hits` are those of one `Policy`. ICMP errors that libfp
+    has made pass: they are this host's own, which Linux's hook forward does not see either.
     """
     at, lines = burst.at, connections.flows.lines
     rules, scratch = connections.rules, connections.scratch
     four, six, n = 0, 0, burst.count
     for i in range(n):
         kind = load32(at + BURST_KIND + 4 * i)
-        plain, ip, line = kind & ~KIND_FLAGS & 0xFF, burst.data(i) + 14 + (kind >> 8), lines + LINE * i
+        plain, ip, line = kind & ~KIND_KEPT & 0xFF, burst.data(i) + 14 + (kind >> 8), lines + LINE * i
         if plain == KIND_IPV4:
             word = read4(burst, i, ip, line, scratch + HEADERS4 + 16 * four, rules) | four << 16
             four += word & 0xFFFF != 0
@@ -79,7 +82,8 @@ def filter(burst: Burst, routes: RoutesView, acl, acl6, hits, connections):  # t
             word = read6(burst, i, ip, line, scratch + HEADERS6 + 40 * six, rules) | 64 + six << 16
             six += word & 0xFFFF != 0
         else:
-            burst.punt(i, "untracked-protocol")
+            if kind & KIND_MADE == 0:
+                burst.punt(i, "untracked-protocol")
             store64(line + KIND, 0)
             word = 0
         store32(scratch + WHAT + 4 * i, word)
@@ -180,7 +184,7 @@ def _state_of_unknown(what, rules):  # type: ignore[no-untyped-def]
 
 @kernel
 def _track(burst, i, what, flow, rules):  # type: ignore[no-untyped-def]
-    """The state of a packet of a known flow, which learns from it. REOPENED: it is known no more. Or _CROSSED."""
+    """The state of a packet of a known flow, which learns from it. REOPENED: it is none of that flow. Or _CROSSED."""
     table, at = flow.table, flow.at
     way, whole = 1 if flow.reply else 0, what & WHOLE_KIND
     ip = burst.packet(i).l3
@@ -190,7 +194,7 @@ def _track(burst, i, what, flow, rules):  # type: ignore[no-untyped-def]
             return tcp_packet(rules, table, at, way, ip + IPV6_SIZE, ip + IPV6_SIZE + load16be(ip + 4))
         return tcp_packet(rules, table, at, way, ip + 20, ip + load16be(ip + 2))
     if what & (REQUEST | REPLY) != 0 and whole != DATAGRAM and what & 3 != REQUEST + way:
-        return INVALID if whole == ERROR else _CROSSED  # pings of one identifier, both ways
+        return REOPENED if whole == ERROR else _CROSSED  # pings of one identifier, both ways: Linux may know that one
     if whole == ERROR:
         return RELATED
     notes = load64(at + NOTES)
@@ -247,7 +251,7 @@ def _unknown(burst, i, word, value, routes, acl, acl6, connections):  # type: ig
             burst.drop(i, "flows-full")
             return 0
         _open(burst, i, what, flow, rules)
-    elif action == DROP and what not in (SEGMENT | SYN, ECHO | REQUEST):
+    elif action == DROP and what not in (SEGMENT | SYN, ECHO | REQUEST) and not burst.packet(i).is_kept:
         for known in (ESTABLISHED, RELATED):
             if _ask(burst, i, routes, slot, scratch, known, acl, acl6) & ACTION == ACCEPT:
                 burst.punt(i, "flow-unknown")  # Linux may know it

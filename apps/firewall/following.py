@@ -14,6 +14,8 @@ from libfp.apps.firewall.ranges import members
 from libfp.apps.firewall.ruleset import Ruleset
 from libfp.errors import BadInput, Error
 
+__all__ = ["Following"]
+
 log = logging.getLogger("libfp.firewall")
 
 SHOWN = 256  # rules in one part of an answer
@@ -82,6 +84,8 @@ class Following:
             if found != before:
                 self.policy.load(found)
                 self._applied = {(chain.family, chain.table, chain.name) for chain in found.chains}
+                if not self.policy.wait_applied():
+                    log.error("a worker has not taken the rules over yet: it may hang, see fp stats")
                 log.warning("rules taken over: %d where there were %d", len(found.rules), len(before.rules))
 
     def reload(self) -> None:
@@ -96,13 +100,14 @@ class Following:
             log.warning("rules read again: %d", len(self.policy.ruleset.rules))
 
     def answer(self, request: dict[str, Any], caller: Any) -> Iterator[dict[str, Any]]:
-        """For `app.control`: parts with "rules", each a dict."""
-        shown = [
-            {
-                "family": rule.chain.family, "table": rule.chain.table, "chain": rule.chain.name,
-                "handle": rule.handle, "rule": rule.text, "packets": packets, "bytes": size,
-            }
-            for rule, packets, size in self.policy.counted()
-        ]  # fmt: skip
+        """For `app.control`: parts with "rules", each a dict: those that all workers go by."""
+        with self._lock:
+            shown = [
+                {
+                    "family": rule.chain.family, "table": rule.chain.table, "chain": rule.chain.name,
+                    "handle": rule.handle, "rule": rule.text, "packets": packets, "bytes": size,
+                }
+                for rule, packets, size in self.policy.counted()
+            ]  # fmt: skip
         for first in range(0, len(shown), SHOWN):
             yield {"rules": shown[first : first + SHOWN]}

@@ -45,6 +45,7 @@ OUT_AT, STATE_AT = 6, 12
 
 CAPACITY = 1 << 14  # rules of a table, and
 MOST = 4096  # of these for one of nftables
+APPLIED = 5.0  # seconds in which workers have taken a change
 _ACTIONS = {"accept": ACCEPT, "drop": DROP, "punt": PUNT}
 _STATES, _BYTES = frozenset(range(5)), frozenset(range(256))
 _TCP = (6, 0xFF)
@@ -197,6 +198,15 @@ class Policy:
                     acl.load(told)
                     self._loaded[version] = told
             self._numbers, self.ruleset = numbers, ruleset
+
+    def wait_applied(self) -> bool:
+        """Return when all workers go by what has been loaded: True, or False if one does not for seconds."""
+        try:
+            for acl in (self.acl, self.acl6):
+                acl.wait_applied(APPLIED)
+        except TimeoutError:
+            return False
+        return True
 
     def check(self, ruleset: Ruleset) -> dict[int, list[Entry]]:
         """What would be loaded, by IP version. Raises BadInput where `load` does."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from libfp.apps.ipsec import libcrypto, record, replay
 from libfp.errors import BadInput
 from libfp.jit import load64
+from libfp.jit.memory import view
 from libfp.jit.primitive import MASK64
 from libfp.packet.headers import IPV6_SIZE
 
@@ -19,10 +20,10 @@ _OUTER_TTL = 65  # `forward` takes one off
 class Secret:
     """Key material that nothing shows, and that is wiped once it has been used."""
 
-    __slots__ = ("_bytes",)
+    __slots__ = ("_bytes", "wiped")
 
     def __init__(self, data: bytes | bytearray) -> None:
-        self._bytes = bytearray(data)
+        self._bytes, self.wiped = bytearray(data), False
 
     @classmethod
     def from_hex(cls, text: str) -> Secret:
@@ -41,7 +42,7 @@ class Secret:
 
     def wipe(self) -> None:
         """Overwrite it."""
-        self._bytes[:] = bytes(len(self._bytes))
+        self._bytes[:], self.wiped = bytes(len(self._bytes)), True
 
     def __repr__(self) -> str:
         return "<secret>"
@@ -84,13 +85,18 @@ class Sa:
         if len(self._key) not in _KEY_SIZES:
             self._key.wipe()
             raise BadInput(f"a key of {len(self._key)} bytes for SPI {spi:#x}", libcrypto.KEY_REMEDY)
-        self.at = 0  # of its record
+        self.at, self._left = 0, b""  # of its record; that, once it has been removed
         self.digest, self.key_digest = "", b""  # of SPI and key, and of the key alone
 
     def _word(self, offset: int) -> int:
-        if self.at == 0:
+        at = self.at
+        if at == 0 and not self._left:
             raise BadInput(f"SA {self.spi:#x} is in no table", "add it to a SaTable")
-        return load64(self.at + offset)
+        return load64(at + offset) if at else int.from_bytes(self._left[offset : offset + 8], "little", signed=True)
+
+    def leave(self) -> None:
+        """Its record becomes another's, and its key is wiped: it remembers what it counted."""
+        self._left, self.at = bytes(view(self.at, record.WINDOW + 8)), 0
 
     @property
     def sequence(self) -> int:

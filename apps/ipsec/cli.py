@@ -8,14 +8,13 @@ from typing import Any
 import click
 
 from libfp.cli import options, running
-from libfp.errors import BadInput
 
 TABLES = ("sa", "policy", "default", "state")  # as in config.py, which loads more than a --help should
 NEEDS = "The SAs and policies (and options) as TOML; SIGHUP reads it again."
 
 
 @click.command(
-    cls=options.Application,
+    cls=options.Command,
     commands={name: f"libfp.apps.ipsec.cli:{name}" for name in ("sas", "block", "release")},
     tables=TABLES,
     epilog="`fp ipsec sas [NAME]` shows the SAs of a running gateway. `fp ipsec release --config FILE` removes the "
@@ -31,8 +30,6 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
     The policies are also put into the kernel, as XFRM policies, before the first packet is taken, and stay there at
     the end: whatever gets past the fast path is dropped rather than sent in clear.
     """
-    if config is None:
-        raise BadInput("no --config", "name the file with the SAs and policies")
     from libfp.apps.ipsec.gateway import Gateway, Settings
 
     settings = Settings(context, config, given)

@@ -24,6 +24,7 @@ from libfp.apps.ipsec.record import (
     PACKETS,
     REPLAYED,
     SELECTOR,
+    SPI,
     TUNNEL,
     WINDOW,
     SasView,
@@ -35,6 +36,7 @@ from libfp.apps.ipsec.record import (
 from libfp.apps.ipsec.replay import Window
 from libfp.engine.decorator import stage
 from libfp.jit import (
+    bswap64,
     kernel,
     load8,
     load16be,
@@ -44,12 +46,11 @@ from libfp.jit import (
     shr64,
     store16be,
     store32,
-    store32be,
     store64,
     unlikely,
 )
-from libfp.packet.burst import Burst, Packet
-from libfp.packet.checksum import checksum
+from libfp.packet.burst import KIND, KIND_IPV4, KIND_KEPT, Burst, Packet
+from libfp.packet.checksum import checksum, ipv4_checksum_ok
 from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, IPV6_SIZE
 from libfp.stages.parsing import parse_again
 
@@ -75,11 +76,12 @@ def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
     number that is old or has been seen; then what does not decrypt, whose padding is wrong, that holds no sound IP
     packet, or one that is not for the policies of its tunnel. Packets that are no ESP, or not to us, pass.
     """
+    record = 0
     for i in range(burst.count):
         packet = burst.packet(i)
         at = esp_of(packet, sas, packet.l3)
         if unlikely(at != 0):
-            receive(burst, i, at, sas, policies)
+            record = receive(burst, i, at, record, sas, policies)
 
 
 @kernel
@@ -108,8 +110,9 @@ def is_fragment(ip: int) -> bool:
 
 
 @kernel
-def receive(burst: Burst, i: int, at: int, sas: SasView, policies: PoliciesView) -> None:
-    """Packet `i`, with its ESP header at `at`: the inner packet, or a verdict."""
+def receive(burst: Burst, i: int, at: int, record: int, sas: SasView, policies: PoliciesView) -> int:
+    """Packet `i`, with its ESP header at `at`: the inner packet, or a verdict. `record` is the SA of an ESP packet
+    before it, or 0; returned is its own, or that."""
     ip = burst.packet(i).l3
     end = end_of(ip)
     if is_fragment(ip):
@@ -118,16 +121,28 @@ def receive(burst: Burst, i: int, at: int, sas: SasView, policies: PoliciesView)
         burst.drop(i, "esp-truncated")
     elif end - at & 3 != 0:
         burst.drop(i, "esp-alignment")
-    elif load8(ip) >> 4 == 4 and checksum(ip, at - ip) != 0:
+    elif not has_good_header(ip, at - ip):
         burst.drop(i, "ipv4-checksum")
     else:
-        record = sas.find(load32be(at))
-        if record == 0 or not is_local_end(record, ip):
+        spi = load32be(at)
+        found = record if record != 0 and load64(record + SPI) == spi else sas.find(spi)
+        if found == 0 or not is_local_end(found, ip):
             burst.drop(i, "esp-unknown-spi")
-        elif owner_of(record, burst) != burst.worker:
+            return record
+        if owner_of(found, burst) != burst.worker:
             burst.drop(i, "esp-owner")  # `to_sa` has not been asked
         else:
-            verify(burst, i, at, end, record, sas, policies)
+            verify(burst, i, at, end, found, sas, policies)
+        return found
+    return record
+
+
+@kernel
+def has_good_header(ip: int, size: int) -> bool:
+    """Whether the checksum of the header of that size is right; IPv6 has none."""
+    if load8(ip) == 0x45:
+        return ipv4_checksum_ok(ip)
+    return load8(ip) >> 4 == 6 or checksum(ip, size) == 0
 
 
 @kernel
@@ -162,12 +177,11 @@ def verify(burst: Burst, i: int, at: int, end: int, record: int, sas: SasView, p
 @kernel
 def associate(record: int, at: int, sequence: int, extended: bool) -> int:
     """Write the AAD of RFC 4106 section 5 for the ESP header at `at`; its size."""
-    store32(record + libcrypto.AAD, load32(at))
     if extended:
-        store32be(record + libcrypto.AAD + 4, shr64(sequence, 32))
+        store64(record + libcrypto.AAD, load32(at) | bswap64(shr64(sequence, 32)))
         store32(record + libcrypto.AAD + 8, load32(at + 4))
         return 12
-    store32(record + libcrypto.AAD + 4, load32(at + 4))
+    store64(record + libcrypto.AAD, load64(at))
     return 8
 
 
@@ -207,11 +221,14 @@ def unwrap(burst: Burst, i: int, data: int, size: int, record: int, policies: Po
     packet.adj(at - old)
     packet.trim(packet.length - ETHERNET_SIZE - size)
     packet.keep()
-    parse_again(burst, i)
-    if not burst.is_live(i):
-        count(record, MALFORMED, 1)
-        return
-    ip = packet.l3
+    ip = data
+    if following == _IPV4 and load8(ip) == 0x45 and size >= 20 and 20 <= load16be(ip + 2) <= size:
+        store32(burst.at + KIND + 4 * i, KIND_KEPT | KIND_IPV4)  # as `parse_again` would, which waits for these bytes
+    else:
+        parse_again(burst, i)
+        if not burst.is_live(i):
+            count(record, MALFORMED, 1)
+            return
     packet.trim(packet.data + packet.length - end_of(ip))  # what conceals the length: RFC 4303 section 2.7
     if policies.inbound(ip) != load64(record + TUNNEL) << 2 | PROTECT:
         count(record, SELECTOR, 1)

@@ -1,4 +1,6 @@
-"""ESP that goes out (RFC 4303 section 3.3): the stage `protect`, for the packets that `select` has marked."""
+"""ESP that goes out (RFC 4303 section 3.3), of the packets that `select` has marked: `to_tunnel`, which gives each to
+its SA's worker, and `protect`.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ from libfp.jit import (
     ult64,
     unlikely,
 )
-from libfp.packet.burst import Burst
+from libfp.packet.burst import Burst, Packet
 from libfp.packet.checksum import checksum
 from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from libfp.stages.parsing import parse_again
@@ -51,24 +53,39 @@ from libfp.stages.parsing import parse_again
 _IPV4, _IPV6 = 4, 41  # next headers
 
 
+@stage
+def to_tunnel(packet: Packet, sas: SasView) -> None:
+    """Hand the packets that `select` has marked to the worker that has their SA."""
+    mark = packet.mark
+    if mark & MARK_MASK == MARK:
+        record = sas.holder(mark)
+        if record != 0:  # else `protect` drops it
+            packet.hand_off(owner_of(record, Burst(packet.burst)))
+
+
 @stage.burst
 def protect(burst: Burst, sas: SasView) -> None:
     """Encrypt the packets that `select` has given to an SA, and go on with ESP to its peer, kept from Linux.
 
-    Dropped: "sa-exhausted" when the SA has no sequence number left, for good; "esp-unreserved" while none is free to
-    be used; "esp-no-room" where the frame has not the room. No verdict uses up a sequence number.
+    Dropped: "no-sa" when the SA has been removed meanwhile; "sa-exhausted" when it has no sequence number left, for
+    good; "esp-unreserved" while none is free to be used; "esp-no-room" where the frame has not the room. No verdict
+    uses up a sequence number.
     """
     for i in range(burst.count):
         mark = burst.packet(i).mark
         if mark & MARK_MASK == MARK:
-            send(burst, i, mark & ~MARK_MASK, sas)
+            burst.packet(i).mark = 0
+            record = sas.holder(mark)
+            if unlikely(record == 0):
+                burst.drop(i, "no-sa")
+            else:
+                send(burst, i, record, sas)
 
 
 @kernel
 def send(burst: Burst, i: int, record: int, sas: SasView) -> None:
     """Packet `i` by the SA of `record`."""
     packet, sequence = burst.packet(i), load64(record + SEQUENCE)
-    packet.mark = 0
     if unlikely(owner_of(record, burst) != burst.worker):
         burst.drop(i, "esp-owner")
         return

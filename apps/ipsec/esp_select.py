@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from libfp.apps.ipsec.esp_in import end_of
 from libfp.apps.ipsec.policies import BYPASS, DISCARD, PROTECT, PoliciesView
-from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, MARK, OUTER, SasView, owner_of
+from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, OUTER, TICKET, SasView
 from libfp.engine.decorator import stage
 from libfp.jit import (
     copy,
@@ -46,8 +46,8 @@ _PORTS = 64  # whose addresses errors may have
 
 @stage.burst
 def select(burst: Burst, sas: SasView, policies: PoliciesView, routes: RoutesView) -> None:
-    """Let pass what the policies let pass, drop what they discard, and mark what `protect` is to encrypt, handing it to
-    the worker of its SA.
+    """Let pass what the policies let pass, drop what they discard, and mark what `protect` is to encrypt: from here on
+    it is kept from Linux, and `to_tunnel` gives it to the worker of its SA.
 
     Dropped: "policy-discard"; "policy-clear", what should have come through a tunnel and has not; "no-sa" where the
     tunnel has none; "esp-ttl" and "esp-too-big" where no ICMP error could be made in its place. What is addressed to
@@ -173,8 +173,9 @@ def offer(burst: Burst, i: int, tunnel: int, sas: SasView, routes: RoutesView) -
     room = room_of(record, routes)
     if unlikely(end_of(ip) - ip > room):
         return room
-    burst.packet(i).mark = MARK | record
-    burst.hand_off(i, owner_of(record, burst))
+    packet = burst.packet(i)
+    packet.mark = load64(record + TICKET)
+    packet.keep()
     return 0
 
 

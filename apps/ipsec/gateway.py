@@ -3,6 +3,7 @@ SIGHUP, and what `fp ipsec sas` asks for."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -15,21 +16,36 @@ from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
 from libfp.cli import journal, running
 from libfp.errors import BadInput, Error
+from libfp.tables.table import Table
 
 if TYPE_CHECKING:
     from libfp import Linux, Pipeline
     from libfp.engine.application import Application
 
+__all__ = ["Gateway", "Settings"]
+
 log = logging.getLogger("libfp.ipsec")
+
+PATIENCE = 1.0  # seconds that a worker may take to see what is new
+_PR_SET_DUMPABLE = 4
 
 
 class Settings(running.Settings):
-    """Options, and what the file says beside them: `config`. Raises BadInput, and has changed nothing then."""
+    """Options, and what the file says beside them: `config`. Raises BadInput, and has changed nothing then.
+
+    There are keys in this process from here on: it leaves no core.
+    """
+
+    #: Tables of the file beside its options: `tables` of `libfp.cli.options.Command`.
+    TABLES = config.TABLES
 
     config: config.Config
 
     def reread(self) -> dict[str, Any]:
-        assert self.file is not None
+        """See `libfp.cli.running.Settings`. Raises BadInput without a file."""
+        if self.file is None:
+            raise BadInput("no --config", "name the file with the SAs and policies")
+        without_cores()
         told = super().reread()
         self.config = config.read(self.file)
         return told
@@ -39,7 +55,7 @@ class Gateway:
     """See `running.run` for the order in which its methods are called."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._now = settings.config
         self._sas: dict[Any, tuple[config.SaLine, Sa]] = {}
         self._failed, self._began = "", False
@@ -48,30 +64,35 @@ class Gateway:
         """The kernel's policies, then the SAs and ours. Raises BadInput, AlreadyRunning, PolicyConflict,
         MissingCapability, Unsupported."""
         first = self._now
-        require_forwarding(first.versions, self._settings.interfaces)
+        require_forwarding(first.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         self._kernel = undo.enter_context(xfrm.Kernel(xfrm.wanted(first)))
         undo.callback(self._leave)
         warn_of_foreign(first.locals)
         _make_folder(first)
-        self._table = undo.enter_context(SaTable(state=first.state))
-        self._policies = Policies(self._table, default=first.default)
+        self.table = undo.enter_context(SaTable(state=first.state))
+        self.policies = Policies(self.table, default=first.default)
         self._add(first.sas)
-        self._policies.load(_policies(first))
-        self._table.start(failed=self._not_kept)
+        self.policies.load(_policies(first))
+        self.table.start(failed=self._not_kept)
         take = [f"proto esp and dst {local}" for local in first.locals]
         return {"applies": self._kernel.applies, "policy_changed": self._kernel.keep, "take": take}
 
     def pipeline(self, linux: Linux) -> Pipeline:
-        """The stages."""
+        """Of `stages`, over the policies as they are now."""
         from libfp import Pipeline
-        from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
-        from libfp.stages import forward, parse
 
         self._kernel.keep()  # what has changed before anybody listened
-        sas, policies = self._table, self._policies
-        return Pipeline(
-            parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, linux), protect(sas), forward(linux)
-        )
+        return Pipeline(*self.stages(linux))
+
+    def stages(self, linux: Linux) -> Sequence[Any]:
+        """Those of `libfp.apps.ipsec.stages`; they read `table` and `policies`."""
+        from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
+        from libfp.stages import forward, parse
+
+        sas, policies = self.table, self.policies
+        ways = select(sas, policies, linux)
+        return parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(linux)
 
     def started(self, app: Application, linux: Linux) -> None:
         """It runs: no policies of an earlier file any more; `fp ipsec sas` may ask."""
@@ -102,7 +123,7 @@ class Gateway:
 
     def reload(self) -> None:
         """Take over the SAs and policies of the file, or none of them."""
-        told = self._settings.config
+        told = self.settings.config
         try:
             new, gone = self._differences(told)
             self._change(told, new, gone)
@@ -123,7 +144,8 @@ class Gateway:
                 raise BadInput(f"{told.path}: {name} has changed", "that takes a restart")
         if foreign := set(told.locals) - set(self._now.locals):
             raise BadInput(f"{told.path}: the local address {min(foreign)} is new", "that takes a restart")
-        require_forwarding(told.versions, self._settings.interfaces)
+        require_forwarding(told.versions, self.settings.interfaces)
+        xfrm.require_enabled(self.settings.interfaces)
         new = []
         for line in told.sas:
             if line.names not in self._sas:
@@ -135,10 +157,11 @@ class Gateway:
 
     def _change(self, told: config.Config, new: Sequence[config.SaLine], gone: Sequence[Any]) -> None:
         before = xfrm.wanted(self._now)
-        self._kernel.add(xfrm.wanted(told))
         try:
+            self._kernel.tighten(xfrm.wanted(told))
             self._add(new)
-            self._policies.load(_policies(told))
+            self.policies.load(_policies(told))
+            _wait_applied(self.policies)
         except BaseException:
             for line in new:
                 self._remove(line.names)
@@ -147,7 +170,7 @@ class Gateway:
         for names in gone:
             self._remove(names)
         self._now = told
-        self._kernel.only(xfrm.wanted(told))
+        self._kernel.change(xfrm.wanted(told))
 
     def _add(self, lines: Sequence[config.SaLine]) -> None:
         """Inbound ones first: the peer may use its new one as soon as it has seen ours."""
@@ -162,13 +185,15 @@ class Gateway:
                 esn=line.esn,
                 window=line.window,
             )
-            self._table.add(sa)
+            if sa.direction == "out":
+                _wait_applied(self.table)  # with those coming in
+            self.table.add(sa)
             self._sas[line.names] = line, sa
-        self._table.keep()  # so that they may send at once
+        self.table.keep()  # so that they may send at once
 
     def _remove(self, names: Any) -> None:
         if names in self._sas:
-            self._table.remove(self._sas.pop(names)[1])
+            self.table.remove(self._sas.pop(names)[1])
 
     # -- words
 
@@ -183,7 +208,24 @@ class Gateway:
             self._kernel.undo()
             return
         stay = "the XFRM policies stay in the kernel, nothing goes in clear"
-        journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self._settings.file}")
+        journal.say(f"fp ipsec: {stay}; fp ipsec release --config {self.settings.file}")
+
+
+def _wait_applied(what: SaTable | Policies) -> None:
+    """Until all workers go by it; one that is stuck is not waited for."""
+    for table in what.stage_tables():
+        if not isinstance(table, Table):  # what workers have for themselves
+            continue
+        try:
+            table.wait_applied(PATIENCE)
+        except TimeoutError as error:
+            log.warning("%s", error)
+
+
+def without_cores() -> None:
+    """From now on this process leaves no core, and only root may look into it: there are keys in it (prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("a core of this process would have keys: %s", os.strerror(ctypes.get_errno()))
 
 
 def _make_folder(told: config.Config) -> None:

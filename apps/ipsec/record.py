@@ -10,6 +10,7 @@
 232   outer      20 or 40, its size
 240   local      16 bytes: the outer address that is ours, as it lies in a packet
 256   counters   8 words
+320   ticket     outbound: the mark of packets that it is to encrypt; another one whenever the record changes hands
 384   the window: `libfp.apps.ipsec.replay`
 """
 
@@ -20,8 +21,8 @@ from libfp.jit import kernel, load32, load64, native, store64, word
 from libfp.packet.burst import Burst
 from libfp.tables.buckets import find_word
 
-CIPHER, SEQUENCE, LIMIT, IV, LAST, SPI, FLAGS, SHARE, TUNNEL, HEADER, OUTER, LOCAL, COUNTERS, WINDOW = (
-    0, 128, 136, 144, 152, 160, 168, 176, 184, 192, 232, 240, 256, 384
+CIPHER, SEQUENCE, LIMIT, IV, LAST, SPI, FLAGS, SHARE, TUNNEL, HEADER, OUTER, LOCAL, COUNTERS, TICKET, WINDOW = (
+    0, 128, 136, 144, 152, 160, 168, 176, 184, 192, 232, 240, 256, 320, 384
 )  # fmt: skip
 SIZE = WINDOW + replay.SIZE + 64 - (WINDOW + replay.SIZE) % 64
 assert libcrypto.SIZE <= SEQUENCE
@@ -35,9 +36,11 @@ ESP_HEADER, IV_SIZE, ICV_SIZE = 8, 8, libcrypto.TAG_SIZE
 #: The least an ESP packet has: header, IV, four bytes of which two are its trailer, ICV.
 LEAST = ESP_HEADER + IV_SIZE + 4 + ICV_SIZE
 
-#: In the mark of a packet that `select` leaves to `protect`; the rest is the address of the record.
+#: In the mark of a packet that `select` leaves to `protect`; then 24 bits that tell apart those who have the record one
+#: after the other, and 24 of its number. A packet may wait for its worker longer than its SA is there.
 MARK = 0x0E5B << 48
 MARK_MASK = 0xFFFF << 48
+NUMBER_MASK = 0xFFFFFF
 
 # In the memory that all workers read: how many local addresses; the addresses, 16 bytes each, IPv4 with zeros behind;
 # and for each tunnel the address of the record that it sends by, 0 for none.
@@ -47,18 +50,33 @@ TUNNELS_AT = LOCAL_AT + 16 * MOST_LOCALS
 
 @native
 class SasView:
-    """The `SaTable` as one worker sees it: `cell` and `buckets` of its replica of SPIs, the records, what all share."""
+    """The `SaTable` as one worker sees it: `cell` and `buckets` of its replica of SPIs, the records, what all share,
+    libcrypto's functions, and where it counts its turns."""
 
     cell: word
     buckets: word
     records: word
     shared: word
     functions: word
+    turns: word
+
+    def each_turn(self) -> int:
+        """Called by the loop once a turn: whoever has been removed two turns ago is in nobody's hands."""
+        store64(self.turns, load64(self.turns) + 1)
+        return 0
 
     def find(self, spi: int) -> int:
-        """The record of the inbound SA with that SPI, 0 if there is none."""
+        """The record of the inbound SA with that SPI, 0 if there is none. The replica may lag behind the records."""
         entry = find_word(load64(self.cell), self.buckets, spi)
-        return load64(entry + 8) if entry != 0 else 0
+        if entry == 0:
+            return 0
+        record = load64(entry + 8)
+        return record if load64(record + SPI) == spi else 0
+
+    def holder(self, ticket: int) -> int:
+        """The record of the outbound SA that a packet has been marked for, 0 if it is gone."""
+        record = self.records + SIZE * (ticket & NUMBER_MASK)
+        return record if load64(record + TICKET) == ticket else 0
 
     def outbound(self, tunnel: int) -> int:
         """The record that tunnel number `tunnel` sends by, 0 if there is none."""

@@ -5,8 +5,8 @@
         sas.start()
 
 ESP in tunnel mode (RFC 4303) with AES-GCM and a 16-byte ICV (RFC 4106), with extended sequence numbers or without. Each
-SA is one worker's: `select` and `to_sa` hand its packets to that one, so that its sequence numbers and its window have
-one writer and its cipher one user.
+SA is one worker's: `to_tunnel` and `to_sa` hand its packets to that one, so that its sequence numbers and its window
+have one writer and its cipher one user.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from libfp.jit.memory import view
 from libfp.jit.primitive import MASK64, signed64
 from libfp.packet.headers import IPV6_SIZE
 from libfp.tables.hash import Hash
+from libfp.tables.per_worker import PerWorker
 
 #: Sequence numbers reserved ahead: at least; at most, so that a crash never makes the peer infer a wrong high half, nor
 #: costs much of 2^32; and how many times what was used since the last look.
@@ -38,14 +39,31 @@ _SPREAD = 0x9E3779B9
 __all__ = ["Sa", "SaTable", "Secret"]
 
 
+class _Turns(PerWorker[Any]):
+    """How often each worker has turned its loop."""
+
+    def make(self, worker: int) -> _Turn:
+        return _Turn()
+
+
+class _Turn:
+    def __init__(self) -> None:
+        self._arena = Arena(64)
+        self.view = self._arena.address  # a word, which `record.SasView` counts up
+        self.close = self._arena.close
+
+
 class SaTable:
-    """The SAs of one application, at most `capacity` as long as it runs. Methods may be called from any thread.
+    """The SAs of one application, at most `capacity` at a time. Methods may be called from any thread.
+
+    One that has been removed counts until all workers have turned their loops twice: then none has it in its hands, its
+    key is wiped, and another may take its place.
 
     With `state`, the path of a file, sequence numbers and IVs go on where they were, see `state`: then somebody must
     call `keep`, or `start` a thread that does. Without, each start of the process begins at 1, which no peer with a
     window will take twice. IVs do not depend on the file alone: they begin at the clock's nanoseconds.
 
-    `close`, after the application has ended, frees the ciphers, which wipes the keys; those of removed SAs, too.
+    `close`, after the application has ended, frees the ciphers, which wipes the keys.
     """
 
     def __init__(self, state: Path | str | None = None, capacity: int = 1024) -> None:
@@ -55,8 +73,11 @@ class SaTable:
         self._spis = Hash(capacity=capacity)
         self._records = Arena(record.SIZE * capacity)
         self._shared = Arena(record.TUNNELS_AT + 8 * (capacity + 1))
-        self.capacity, self._made = capacity, 0
-        self._ciphers: list[tuple[Sa, libcrypto.Cipher]] = []  # of those that have been removed, too
+        self.capacity, self._turns = capacity, _Turns()
+        self._free = list(range(capacity))[::-1]  # numbers of records
+        self._ciphers: dict[int, tuple[Sa, libcrypto.Cipher]] = {}  # by record, of removed SAs, too
+        self._leaving: list[tuple[int, dict[int, int]]] = []  # those, and where each worker was then
+        self._holders = 0  # of records, one after the other: what tickets tell apart
         self._sas: dict[str, Sa] = {}  # by digest
         self._tunnels: dict[str, int] = {}
         self._used = dict[str, int]()
@@ -94,7 +115,7 @@ class SaTable:
             sa._key.wipe()
 
     def _add(self, sa: Sa) -> None:
-        if sa.at:
+        if sa._key.wiped:  # by an `add`, whatever came of it
             raise BadInput(f"{sa!r} has been added before", "make another Sa")
         key = sa._key.use()
         digest = hmac.new(key, b"libfp " + sa.direction.encode() + sa.spi.to_bytes(4), hashlib.sha256).hexdigest()[:32]
@@ -105,25 +126,63 @@ class SaTable:
             if other.key_digest == same:
                 what = f"SAs {other.spi:#x} and {sa.spi:#x} have the same key"
                 raise BadInput(what, "give each direction of each tunnel a key of its own")
-        if self._made == self.capacity:
+        self._let_go()
+        if not self._free:
             raise TableFull(f"more than {self.capacity} SAs", "make the SaTable larger")
-        number = self.tunnel(sa.tunnel)
-        at = self._records.address + record.SIZE * self._made
+        tunnel, number = self.tunnel(sa.tunnel), self._free[-1]
+        at = self._records.address + record.SIZE * number
+        before = self._file.entries.get(digest) if self._file else None
         cipher = libcrypto.Cipher(key, at, decrypting=sa.direction == "in")
-        self._ciphers.append((sa, cipher))
-        self._fill_in(sa, at, number, self._file.entries.get(digest, {}) if self._file else {})
-        self._made += 1
-        sa.at, sa.digest, sa.key_digest = at, digest, same
-        self._sas[digest] = sa
-        self._know_local(in_packet(sa.local))
-        if sa.direction == "in":
-            self._spis[sa.spi] = at
-        else:
-            self.keep()  # numbers that may be used, before there is anybody to use them
-            store_release64(self._shared.address + record.TUNNELS_AT + 8 * number, at)
+        try:
+            self._fill_in(sa, number, tunnel, before or {})
+            sa.at, sa.digest, sa.key_digest = at, digest, same
+            self._sas[digest] = sa
+            if sa.direction == "out":
+                self.keep()  # numbers that may be used, before there is anybody to use them
+            self._know_local(in_packet(sa.local))
+            if sa.direction == "in":
+                self._spis[sa.spi] = at
+        except BaseException:
+            self._forget(sa)
+            if self._file is not None and before is None:
+                self._file.entries.pop(digest, None)
+            sa.at = 0
+            cipher.close()
+            raise
+        self._ciphers[self._free.pop()] = sa, cipher
+        if sa.direction == "out":
+            store_release64(self._shared.address + record.TUNNELS_AT + 8 * tunnel, at)
 
-    def _fill_in(self, sa: Sa, at: int, tunnel: int, before: dict[str, int]) -> None:
+    def _forget(self, sa: Sa) -> None:
+        self._sas.pop(sa.digest, None)
+        self._used.pop(sa.digest, None)
+
+    def _ticket(self, number: int) -> int:
+        """A mark that nobody's packet has."""
+        self._holders += 1
+        return record.MARK | (self._holders & 0xFFFFFF) << 24 | number
+
+    def _let_go(self) -> None:
+        """Wipe the keys of removed SAs that no worker can have in its hands any more, and have their records back."""
+        waiting = self._leaving
+        self._leaving = []
+        for number, since in waiting:
+            now = self._now()
+            if any(now.get(worker, turn + 2) < turn + 2 for worker, turn in since.items()):
+                self._leaving.append((number, since))
+                continue
+            sa, cipher = self._ciphers.pop(number)
+            cipher.close()
+            sa.leave()
+            self._free.append(number)
+
+    def _now(self) -> dict[int, int]:
+        """The turns of each worker, by the address of their count."""
+        return {part.view: load64(part.view) for part in self._turns.parts}
+
+    def _fill_in(self, sa: Sa, number: int, tunnel: int, before: dict[str, int]) -> None:
         """The record, but for the cipher. Nobody knows of it yet."""
+        at = self._records.address + record.SIZE * number
         sequence, outbound = before.get("sequence", 0), sa.direction == "out"
         first = max(time.time_ns(), before.get("iv", 0) + 1)
         words = {
@@ -133,10 +192,12 @@ class SaTable:
             record.IV: first - sequence - 1,
             record.SPI: sa.spi,
             record.FLAGS: (record.ESN if sa.esn else 0) | (0 if outbound else record.INBOUND),
-            record.SHARE: (self._made * _SPREAD) & 0xFFFFFFFF,
+            record.SHARE: (number * _SPREAD) & 0xFFFFFFFF,
             record.TUNNEL: tunnel,
             record.OUTER: 20 if sa.local.version == 4 else IPV6_SIZE,
+            record.TICKET: self._ticket(number),
         }
+        words |= {record.COUNTERS + 8 * i: 0 for i in range(len(record.COUNTER_NAMES))}
         for offset, value in words.items():
             store64(at + offset, signed64(value & MASK64))
         view(at + record.LOCAL, 16)[:] = in_packet(sa.local)
@@ -159,13 +220,18 @@ class SaTable:
         with self._lock:
             del self._sas[sa.digest]
             self._note(sa, exactly=sa.direction == "in")
+            self._forget(sa)
+            number = (sa.at - self._records.address) // record.SIZE
             if sa.direction == "in":
                 del self._spis[sa.spi]
-                return
-            word = self._shared.address + record.TUNNELS_AT + 8 * self._tunnels[sa.tunnel]
-            others = [one.at for one in self._sas.values() if one.direction == "out" and one.tunnel == sa.tunnel]
-            store_release64(word, others[-1] if others else 0)
-            store_release64(sa.at + record.LIMIT, 0)  # also for what is on its way to its worker
+            else:
+                word = self._shared.address + record.TUNNELS_AT + 8 * self._tunnels[sa.tunnel]
+                others = [one.at for one in self._sas.values() if one.direction == "out" and one.tunnel == sa.tunnel]
+                store_release64(word, others[-1] if others else 0)
+                store_release64(sa.at + record.LIMIT, 0)
+                store_release64(sa.at + record.TICKET, self._ticket(number))  # for what is on its way to its worker
+            store_release64(sa.at + record.SPI, 0)  # for replicas that do not know yet
+            self._leaving.append((number, self._now()))
 
     def _note(self, sa: Sa, exactly: bool) -> None:
         """Write into the entries, not yet the file, how far `sa` may have got."""
@@ -179,9 +245,10 @@ class SaTable:
 
     def keep(self) -> None:
         """Reserve sequence numbers where few are left, and have the state on disk first. About every 50 ms."""
-        if self._file is None:
-            return
         with self._lock:
+            self._let_go()
+            if self._file is None:
+                return
             grants = list[tuple[Sa, int]]()
             moved = False
             for sa in self._sas.values():
@@ -240,16 +307,17 @@ class SaTable:
                     self._file.close()
                     self._file = None
                 while self._ciphers:
-                    sa, cipher = self._ciphers.pop()
+                    _, (sa, cipher) = self._ciphers.popitem()
                     sa.at = 0
                     cipher.close()
                 self._sas = {}
 
-    def stage_tables(self) -> tuple[Hash]:
+    def stage_tables(self) -> tuple[Any, ...]:
         """See `libfp.engine.decorator.Bindable`."""
-        return (self._spis,)
+        return self._spis, self._turns
 
     def stage_view(self, replica: Callable[[Any], Any]) -> record.SasView:
         """See `libfp.engine.decorator.Bindable`."""
-        spis = replica(self._spis)
-        return record.SasView(spis.cell, spis.buckets, self._records.address, self._shared.address, self._functions)
+        spis, turns = replica(self._spis), replica(self._turns)
+        shared = self._shared.address
+        return record.SasView(spis.cell, spis.buckets, self._records.address, shared, self._functions, turns)

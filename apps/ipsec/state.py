@@ -61,9 +61,11 @@ class StateFile:
             return {}
         except OSError as error:
             raise _unusable(self.path, error.strerror) from None
+        if not stat.S_ISREG((status := os.fstat(file)).st_mode):
+            os.close(file)
+            raise _unusable(self.path, "it is no file")
         with open(file, "rb") as opened:
-            status = os.fstat(opened.fileno())
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
                 raise _unusable(self.path, "others can read or write it, or own it")
             try:
                 return _checked(json.loads(opened.read()))

@@ -10,11 +10,13 @@ The range of priorities tells ours from others; one `fp ipsec` at a time has a n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -71,10 +73,18 @@ def _ours(policy: xfrm.Policy) -> bool:
     return policy.plain and FIRST <= policy.priority <= LAST
 
 
+def _there() -> list[xfrm.Policy]:
+    """All that the kernel has. Raises MissingCapability."""
+    try:
+        return xfrm.policies()
+    except PermissionError as error:
+        raise missing_capability("reading XFRM policies", "CAP_NET_ADMIN") from error
+
+
 def compare(policies: Iterable[xfrm.Policy]) -> Difference:
     """Raises PolicyConflict where somebody else's policy has a selector that one of ours needs."""
     due = {_key(policy): policy for policy in policies}
-    found = xfrm.policies()
+    found = _there()
     there = [policy._replace(number=0) for policy in found]
     for policy in there:
         if policy.plain and _key(policy) in due and not _ours(policy):
@@ -87,8 +97,8 @@ def compare(policies: Iterable[xfrm.Policy]) -> Difference:
 
 
 class Kernel:
-    """Has the kernel hold `policies`, beside what an earlier run has left until `only` or `change` is called. Made in
-    the network namespace that it is for: a context manager, whose end leaves them there.
+    """Has the kernel hold `policies`, beside what an earlier run has left to block until `only` or `change` is called.
+    Made in the network namespace that it is for: a context manager, whose end leaves them there.
 
     Raises AlreadyRunning, PolicyConflict, MissingCapability, Unsupported.
     """
@@ -100,8 +110,8 @@ class Kernel:
         self._wanted: list[xfrm.Policy] = []
         self._held: frozenset[xfrm.Policy] = frozenset()
         self._instance = _alone()
-        self._before = [policy._replace(number=0) for policy in xfrm.policies() if _ours(policy)]
         try:
+            self._before = [policy._replace(number=0) for policy in _there() if _ours(policy)]
             self.add(policies)
         except BaseException:
             self._instance.close()
@@ -114,19 +124,30 @@ class Kernel:
         self.only(policies)
 
     def add(self, policies: Sequence[xfrm.Policy]) -> None:
-        """Have these, too; of a selector that is there the new action and priority. See `change`."""
+        """Have these, and of what there was only what blocks: an old allowance must not go before a new block. Of a
+        selector that is there the new action and priority. See `change`."""
         with self._lock:
-            before = self._wanted
-            keys = {_key(policy) for policy in policies}
-            self._want([*(policy for policy in before if _key(policy) not in keys), *policies])
+            before, keys = self._wanted, {_key(policy) for policy in policies}
+            kept = (policy for policy in before if policy.action == "block" and _key(policy) not in keys)
+            self._want([*kept, *policies])
             try:
                 self._put(self._wanted)
-                if missing := compare(self._wanted).missing:
-                    raise Unsupported(f"the kernel does not hold {missing[0]}", "see ip xfrm policy")
+                found = compare(self._wanted)
+                if found.missing:
+                    raise Unsupported(f"the kernel does not hold {found.missing[0]}", "see ip xfrm policy")
+                for policy in found.stale:
+                    if policy.action == "allow":
+                        xfrm.remove(policy)
             except BaseException:
                 self._want(before)
                 self._put(before)
                 raise
+
+    def tighten(self, policies: Sequence[xfrm.Policy]) -> None:
+        """On the way to these: `add` those that block, and no allowance that there is not now. See `change`."""
+        compare(policies)  # what it raises for the others it should raise now
+        allowed = {_key(policy) for policy in self._wanted if policy.action == "allow"}
+        self.add([policy for policy in policies if policy.action == "block" or _key(policy) in allowed])
 
     def only(self, policies: Sequence[xfrm.Policy]) -> None:
         """Have no others than these of what `add` was told, now or by an earlier run."""
@@ -195,14 +216,27 @@ class Kernel:
 
 def _alone() -> socket.socket:
     """Held as long as this is the only one in this network namespace."""
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         lock.bind(LOCK)
+        lock.listen(1)
     except OSError:
         lock.close()
-        what = "fp ipsec runs already in this network namespace"
+        what = f"fp ipsec runs already in this network namespace{_holder()}"
         raise AlreadyRunning(what, "end it: the policies in the kernel are for all interfaces") from None
     return lock
+
+
+def _holder() -> str:
+    """Who has the lock: anybody can take an abstract name."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as asking,
+        contextlib.suppress(OSError),
+    ):
+        asking.connect(LOCK)
+        pid, user, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return f" (process {pid} of user {user})"
+    return ""
 
 
 def block(config: Config) -> int:
@@ -213,6 +247,32 @@ def block(config: Config) -> int:
     return len(policies)
 
 
+def require_enabled(interfaces: Collection[str]) -> None:
+    """Raise PolicyConflict where Linux is told not to look at policies, for all interfaces or for one of these; warn
+    where it is another: what comes or leaves there is not blocked (ip-sysctl: disable_policy, disable_xfrm)."""
+    for version in (4, 6):
+        folder = f"/proc/sys/net/ipv{version}/conf"
+        with contextlib.suppress(OSError):
+            for name in sorted(set(os.listdir(folder)) - {"lo", "default"}):
+                for setting in ("disable_policy", "disable_xfrm"):
+                    which = f"net.ipv{version}.conf.{name}.{setting}"
+                    if not _is_set(f"{folder}/{name}/{setting}"):
+                        continue
+                    if name == "all" or name in interfaces:
+                        raise PolicyConflict(
+                            f"Linux looks at no XFRM policies (sysctl {which})", f"sysctl -w {which}=0"
+                        )
+                    log.warning("policies are not for %s: Linux looks at none there (sysctl %s)", name, which)
+
+
+def _is_set(path: str) -> bool:
+    try:
+        with open(path) as file:
+            return file.read().strip() != "0"
+    except OSError:
+        return False  # IPv6 has not all of them; or the interface is gone
+
+
 def release(config: Config) -> int:
     """Remove exactly those policies that this file has put into the kernel; how many were there.
 
@@ -220,8 +280,12 @@ def release(config: Config) -> int:
     """
     with _alone():
         due = set(wanted(config))
-        found = [policy for policy in xfrm.policies() if policy._replace(number=0) in due]
+        found = [policy for policy in _there() if _ours(policy)]
+        mine = [policy for policy in found if policy._replace(number=0) in due]
+        if len(mine) < len(found):
+            others = len(found) - len(mine)
+            log.warning("%d policies of fp ipsec stay: they are of another file, or of this one as it was", others)
         try:
-            return sum(xfrm.remove(policy) for policy in found)
+            return sum(xfrm.remove(policy) for policy in mine)
         except PermissionError as error:
             raise missing_capability("removing XFRM policies", "CAP_NET_ADMIN") from error

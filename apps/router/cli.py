@@ -10,7 +10,7 @@ from libfp.cli import options, running
 
 
 @click.command(
-    cls=options.Application,
+    cls=options.Command,
     commands={"verify": "libfp.apps.router.verify:verify"},
     epilog="`fp router verify [NAME]` compares a running router's tables with the kernel.",
 )

@@ -18,7 +18,7 @@ import click
 
 from libfp.errors import BadInput, Error
 
-WITHOUT_KEY = ("config",)
+WITHOUT_KEY = ("config", "sealed")
 _WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
@@ -73,7 +73,8 @@ class _File:
                 continue
             parameter = self.keys.get(key)
             if parameter is None:
-                self.wrong(key, f"there is no {key!r}", f"there are {', '.join(sorted({*self.keys, *self.others}))}")
+                shown = repr(key) if re.fullmatch(r"[\w -]{1,24}", key) else "such key"  # a key without its name
+                self.wrong(key, f"there is no {shown}", f"there are {', '.join(sorted({*self.keys, *self.others}))}")
             assert parameter.name is not None
             made[parameter.name] = self._value(key, value, parameter)
         return made

@@ -10,6 +10,8 @@ import click
 
 from libfp.errors import BadInput
 
+__all__ = ["Command", "common", "offline"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 LEVELS = ("error", "warning", "info", "debug")
@@ -44,6 +46,8 @@ def common(application: str, config: str = "Read options from a TOML file; SIGHU
         click.option(
             "--idle", type=click.Choice(["park", "spin"]), default="park", help="What a worker without packets does."
         ),
+        # A proof: seccomp kills a worker that makes a system call, even to end. With --kick helper --idle spin.
+        click.option("--sealed", is_flag=True, hidden=True),
         click.option("--only", multiple=True, metavar="PREFIX", help="Take only packets to PREFIX; may be repeated."),
         click.option(
             "--mode",
@@ -90,7 +94,7 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
-class Application(click.Command):
+class Command(click.Command):
     """A command that takes interfaces, and has commands of its own in the place of the first: `commands` says of each
     name where it is, as "module:attribute". `tables` is what its configuration file says beside options.
     """

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from libfp import Linux, Pipeline
     from libfp.engine.application import Application
 
+__all__ = ["Settings", "run"]
+
 SHOW_EVERY = 0.1  # seconds between progress reports on a terminal
 SAY_EVERY = 100_000  # routes between those in a log, where it is not a quarter of all
 
@@ -112,9 +114,9 @@ def run(
             interrupts.check()
             made = pipeline(linux)
             say("compiling the pipeline (seconds at first, then from the cache)")
-            options = {"kick": settings.kick, "idle": settings.idle, "frame_size": linux.frame_size}
+            options = {"kick": settings.kick, "idle": settings.idle, "sealed": settings.sealed}
             name = settings.name or f"{command}-{os.getpid()}"
-            with made.start(linux.ports, settings.cores, name=name, **options) as app:
+            with made.start(linux.ports, settings.cores, name=name, frame_size=linux.frame_size, **options) as app:
                 interrupts.check()
                 service.reload = lambda: _reload(command, settings, linux, reload)
                 started(app, linux)

@@ -40,8 +40,8 @@ class Application:
     ports: of one kind, from `Linux.ports` or `MemoryPort`s. cores: one worker each, the first allowed core if None.
     name: how `fp stats` finds it. kick: who makes AF_XDP's system calls, "inline" (the worker, at most one a burst),
     "helper" (a thread, workers make none), or "auto": helper if two more cores than workers are free.
-    idle: "park" (sleep in poll while there is nothing to do) or "spin". sealed: seccomp's strict mode in the workers;
-    needs helper and spin, and the process cannot outlive them: for proofs.
+    idle: "park" (sleep in poll while there is nothing to do) or "spin". sealed: workers under a seccomp filter that
+    kills the thread at its first system call, even in order to end; needs helper and spin: for proofs.
     """
 
     def __init__(

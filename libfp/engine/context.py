@@ -15,7 +15,7 @@ from libfp.ports.rings import BLOCK, FreeFrames, PortRings
 # Byte offsets of the private block.
 CONTROL, STATISTICS, PORT_COUNT, PORTS, FREE, REASONS, REASON_MASK, BUCKETS = range(0, 64, 8)
 PUNT_RING, RECORD, LIBC_SENDTO, LIBC_RECV, LIBC_POLL, LIBC_WRITE, POLL_FDS, LIBC_PRCTL = range(64, 128, 8)
-UMEM, IDLE_LIMIT, LENDING, LIBC_READ = 128, 136, 144, 152
+UMEM, IDLE_LIMIT, LENDING, LIBC_READ, SEAL = 128, 136, 144, 152, 160  # SEAL: three words of scratch
 SIZE = 192
 
 # The control line, written by the control plane alone: end; and whereto the worker is to show what it does, or 0.

@@ -26,6 +26,7 @@ _DESCRIPTION = 16
 _HEADER = 64 * 1024
 _PREFIX = "libfp:"
 PAGE = 4096
+_LOOKS = 5  # for an instance that begins to run a program, which has its page for a moment
 _TRIES = 100  # two milliseconds apart, for a description that is being written
 
 
@@ -203,14 +204,18 @@ def instances() -> dict[str, tuple[int, str]]:
 
 def attach(name: str | None = None) -> StatsReader:
     """Open the statistics of the instance `name`, or of the only one. Raises NoSuchInstance naming those there are."""
-    running = instances()
-    if name is None and len(running) == 1:
-        name = next(iter(running))
-    if name in running:
+    for _ in range(_LOOKS):
+        running = instances()
+        if name is None and len(running) == 1:
+            name = next(iter(running))
+        if name not in running:
+            break
         try:
             return StatsReader(name, *running[name])
-        except FileNotFoundError:
-            raise NoSuchInstance(f"instance {name!r} has just ended", "start it again") from None
+        except FileNotFoundError:  # it has ended, or the process that was found was a program that it began to run
+            pass
+    else:
+        raise NoSuchInstance(f"instance {name!r} has just ended", "start it again")
     there = ", ".join(sorted(running)) or "none"
     if name is None:
         what = "no libfp instance is running" if not running else f"several instances are running: {there}"

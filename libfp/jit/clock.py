@@ -19,9 +19,18 @@ if _ARM:
 
 
 def _emit_clock(context: Any, builder: Any) -> Any:
+    _barrier(builder)
     if _ARM:  # llvm.readcyclecounter reads a register that user space may not
-        return builder.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
-    return builder.call(declare(builder, "llvm.readcyclecounter", I64), [])
+        ticks = builder.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
+    else:
+        ticks = builder.call(declare(builder, "llvm.readcyclecounter", I64), [])
+    _barrier(builder)
+    return ticks
+
+
+def _barrier(builder: Any) -> None:
+    """No instruction; the compiler keeps loads and stores on their side of it, so that the time they take is theirs."""
+    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
 
 
 @primitive(_emit_clock)

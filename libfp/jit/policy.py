@@ -35,7 +35,10 @@ _OPTIONS: dict[str, Any] = {
 
 
 class _InnerLibrary(JITCodeLibrary):
-    """The code of a function that only compiled code calls: LLVM's own, to be linked into that of its callers."""
+    """The code of a function that only compiled code calls: LLVM's own, to be linked into that of its callers.
+
+    Optimised already, although its callers are, too: without that a fourth less compile time, and slower packets.
+    """
 
     def get_pointer_to_function(self, name: str) -> int:
         return 0

@@ -105,6 +105,12 @@ class Instance:
         except (FileNotFoundError, ProcessLookupError):
             return ""
 
+    def is_sealed(self, worker: int = 0) -> bool:
+        """Whether a worker's thread is under a seccomp filter that the process has not; False when there is none."""
+        with open(f"/proc/{self.pid}/status") as status:
+            [filters] = [line.split()[1] for line in status if line.startswith("Seccomp_filters:")]
+        return self.thread_status("Seccomp_filters", worker) == str(int(filters) + 1)
+
     def tell(self, command: str) -> dict[str, Any]:
         """A line to its standard input; returns what it answers, one JSON line."""
         assert self.process.stdin is not None

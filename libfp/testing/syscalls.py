@@ -3,7 +3,8 @@
     counted = count_syscalls(tid, seconds=2.0, look=lambda: app.counters.workers[0]["syscalls"])
     assert counted.total == 0
 
-`strace -c -p TID` does the same. A tracer, unlike a sample of ``/proc/PID/task/TID/syscall``, cannot miss one.
+`strace -c -p TID` does the same. A tracer, unlike a sample of ``/proc/PID/task/TID/syscall``, cannot miss one. The
+contrast: `force_syscall` has a thread make one.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Syscalls", "count_syscalls"]
+__all__ = ["Syscalls", "count_syscalls", "force_syscall"]
 
 T = TypeVar("T")
 
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 PTRACE_SYSCALL, PTRACE_DETACH, PTRACE_GET_SYSCALL_INFO = 24, 17, 0x420E
 PTRACE_O_TRACESYSGOOD = 1
+PTRACE_GETREGS, PTRACE_SETREGS = 12, 13
 PTRACE_EVENT_STOP = 128
 SYSCALL_INFO_ENTRY = 1
 WALL = 0x40000000  # waitpid: threads too, whoever made them
@@ -68,6 +70,31 @@ def count_syscalls(tid: int, seconds: float, look: Callable[[], T]) -> Syscalls[
     """
     with ThreadPoolExecutor(1, "tracer") as tracer:  # a thread of its own: its end lets go of the traced, in any case
         return tracer.submit(_trace, tid, seconds, look).result()
+
+
+def force_syscall(pid: int, tid: int, number: int) -> None:
+    """Have thread `tid` of process `pid` (x86-64, not this one), as it computes, make system call `number` instead of
+    what it would do next. What becomes of it then is not defined, unless seccomp kills it. Raises as `count_syscalls`.
+    """
+    with open(f"/proc/{pid}/maps") as maps:
+        fields = next(line.split() for line in maps if "/libc.so" in line and " r-xp " in line)
+    start, end = (int(text, 16) for text in fields[0].split("-"))
+    with open(fields[5], "rb") as libc:
+        libc.seek(int(fields[2], 16))
+        instruction = start + libc.read(end - start).index(b"\x0f\x05")
+
+    def force() -> None:
+        _ptrace(PTRACE_SEIZE, tid, None, 0)
+        _interrupt(tid)
+        registers = (ctypes.c_uint64 * 27)()  # struct user_regs_struct
+        _ptrace(PTRACE_GETREGS, tid, None, ctypes.addressof(registers))
+        registers[10] = number  # rax
+        registers[16] = instruction  # rip
+        _ptrace(PTRACE_SETREGS, tid, None, ctypes.addressof(registers))
+        _ptrace(PTRACE_DETACH, tid, None, None)
+
+    with ThreadPoolExecutor(1, "tracer") as tracer:
+        tracer.submit(force).result()
 
 
 def _trace(tid: int, seconds: float, look: Callable[[], T]) -> Syscalls[T]:

@@ -136,7 +136,7 @@ class Model:
             about = seen.about
             if flow is not None:
                 crossed = about.protocol == 1 and (about.kind == "answer") != (about.ends[0] != flow.began)
-                state = INVALID if crossed else RELATED
+                state = None if crossed else RELATED
         elif flow is not None:
             way = int(seen.ends[0] != flow.began)
             if seen.protocol == 1 and (seen.kind == "answer") != (way == 1):
@@ -212,7 +212,8 @@ class Model:
                 train = flow.last == (A, way) and seen.seq == flow.last_end
                 if assured and seen.seq != flow.acked[other] and not train:
                     new = old
-        self.window(flow, way, seen, old, end)
+        if kind != R or STATES.index(old) not in range(4, 9):
+            self.window(flow, way, seen, old, end)
         flow.last = (kind, way)
         flow.closing |= new == "fin-wait" and old != new
         flow.state = new
@@ -238,21 +239,29 @@ class Model:
         return state
 
     def window(self, flow: Flow, way: int, seen: Seen, old: str, end: int) -> None:
-        other = 1 - way
+        """What Linux learns from a segment: nothing, if it acknowledges what the other end has not sent."""
+        other, ack = 1 - way, seen.ack
         again = seen.kind in (S, SA) and end > flow.end.get(way, end) and old in ("syn-sent", "syn-recv")
         if way not in flow.end or again:
+            begins = way not in flow.end
             flow.end[way] = end
             flow.acked.pop(way, None)
             flow.waiting.discard(way)
-        elif end > flow.end[way]:
+            if seen.kind == S and (begins or way == 1):
+                return
+            if seen.kind != SA and seen.kind != S and ack == flow.end.get(other, 0) + 1:
+                flow.end[other] = ack
+        if seen.kind in (S, R):
+            ack = flow.end.get(other, 0)
+        elif ack > flow.end.get(other, -1):
+            return
+        if end > flow.end[way]:
             flow.end[way] = end
             flow.waiting.add(way)
-        if seen.kind in (S, R):
+        if seen.kind not in (S, R):
+            flow.acked[way] = max(ack, flow.acked.get(way, 0))
+        if ack == flow.end.get(other, 0):
             flow.waiting.discard(other)
-        else:
-            flow.acked[way] = max(seen.ack, flow.acked.get(way, 0))
-            if seen.ack == flow.end.get(other, 0):
-                flow.waiting.discard(other)
         if seen.kind == A:
             now = flow.last[1], flow.last_window, flow.last_end, flow.last_ack
             if now == (way, seen.window, end, seen.ack):

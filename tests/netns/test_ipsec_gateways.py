@@ -1,16 +1,12 @@
 """Two `fp ipsec` gateways between two hosts: traffic goes through, and the wire between them carries nothing but ESP.
 
-    a 10.1.0.2 -- l1 10.1.0.1 gw1 198.51.100.1 w1 -- wire (a bridge) -- w2 198.51.100.2 gw2 10.2.0.1 l2 -- 10.2.0.2 b
-
-The same with IPv6, 2001:db8:1::2 and so on, through a tunnel of its own over IPv6. Linux has all routes: without the
-gateways, and without what they leave in the kernel, everything goes in clear.
+The first has one worker, the other two: see `ipsec_sites` for the network. One pair of gateways serves all tests, in
+this order; the last ones kill and restart them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import io
 import json
 import os
 import select
@@ -19,200 +15,47 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from libfp.apps.ipsec import xfrm as ours
+from libfp.apps.ipsec.config import read
 from libfp.cli import main
+from libfp.engine.control import connect
+from libfp.errors import Error
 from libfp.linux import xfrm
-from libfp.testing.netns import Host, Lab, wait_until
+from libfp.testing.netns import Lab, wait_until
 from libfp.testing.packets import internet_checksum
 from libfp.testing.probe import IcmpError, udp_probe
-from libfp.testing.router import AppProcess
 from libfp.testing.traffic import UdpStream, tcp_transfer
+from tests.netns.ipsec_sites import (
+    A6,
+    B6,
+    CLEAR,
+    GW1,
+    GW2,
+    GW16,
+    GW26,
+    MARKER,
+    OUTER,
+    SPIS,
+    A,
+    B,
+    Site,
+    fp,
+    keys,
+)  # fmt: skip
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
-A, B, A6, B6 = "10.1.0.2", "10.2.0.2", "2001:db8:1::2", "2001:db8:2::2"
-GW1, GW2, GW16, GW26 = "10.1.0.1", "10.2.0.1", "2001:db8:1::1", "2001:db8:2::1"
-OUTER = {4: ("198.51.100.1", "198.51.100.2"), 6: ("2001:db8:ff::1", "2001:db8:ff::2")}
-NETS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("2001:db8:1::/48", "2001:db8:2::/48")}
-CROSS = ("10.1.88.0/24", "10.2.88.0/24")  # IPv4 through the tunnel over IPv6
-CLEAR = ("10.1.99.0/24", "10.2.99.0/24")  # of what is to be bypassed
-SPIS = {4: (0x1004, 0x2004), 6: (0x1006, 0x2006)}  # to gw2, to gw1
-ESP, MARKER = 50, b"nobody should be able to read this"
-#: With two, SAs belong to one or the other, and most packets are handed off.
-WORKERS = ([1] if os.environ.get("LIBFP_FULL") else []) + [min(2, len(os.sched_getaffinity(0)))]
+#: Of each gateway. With two, SAs belong to one or the other, and most packets are handed off.
+WORKERS = [(1, min(2, len(os.sched_getaffinity(0))))]
+if os.environ.get("LIBFP_FULL"):
+    WORKERS = [(1, 1), (1, 2), (2, 2)]
 BOTH = pytest.mark.parametrize("version", [4, 6])
 
 
-def keys(generation: int = 0) -> dict[int, str]:
-    """By SPI."""
-    return {
-        spi: bytes([spi >> 8 & 0xFF, spi & 0xFF, generation, 7] * 9).hex() for pair in SPIS.values() for spi in pair
-    }
-
-
-class Wire:
-    """A bridge between the gateways, and what passes it. AF_XDP's own ends see neither what it sends nor takes."""
-
-    def __init__(self, host: Host, first: str, second: str) -> None:
-        host.netlink("link", "add", ifname="br0", kind="bridge")
-        for name in (first, second):
-            host.netlink("link", "set", index=host.index(name), master=host.index("br0"))
-        host.up("br0")
-        self.index = {name: host.index(name) for name in (first, second)}
-        self.all = self._sniffer(host, ())
-        self.others = self._sniffer(host, _NO_ESP)
-        self.host, self.injector = host, host.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-
-    def _sniffer(self, host: Host, program: tuple[tuple[int, int, int, int], ...]) -> socket.socket:
-        sniffer = host.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL, of all interfaces
-        if program:
-            code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in program))
-            sniffer.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
-        sniffer.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
-        sniffer.setblocking(False)
-        return sniffer
-
-    def frames(self, sniffer: socket.socket) -> list[bytes]:
-        """What has come in since the last call; each frame once."""
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                frame, (name, _, kind, *_) = sniffer.recvfrom(1 << 16)
-                if name in self.index and kind != socket.PACKET_OUTGOING:
-                    found.append(frame)
-        return found
-
-    def esp(self) -> list[bytes]:
-        return [frame for frame in self.frames(self.all) if is_esp(frame)]
-
-    def leaks(self) -> list[str]:
-        """What should not have been there."""
-        return [f"{frame[:60].hex()} ({len(frame)} bytes)" for frame in self.frames(self.others) if not harmless(frame)]
-
-    def send(self, frame: bytes, to: str) -> None:
-        """Out of the port `to` of the bridge."""
-        self.injector.sendto(frame, (to, 0))
-
-
-# Classic BPF: IPv4 and IPv6 with ESP as the protocol are not for this socket.
-_NO_ESP = (
-    (0x28, 0, 0, 12), (0x15, 0, 2, 0x0800), (0x30, 0, 0, 23), (0x15, 4, 3, ESP),
-    (0x15, 0, 2, 0x86DD), (0x30, 0, 0, 20), (0x15, 1, 0, ESP), (0x06, 0, 0, 0x40000), (0x06, 0, 0, 0),
-)  # fmt: skip
-
-
-def is_esp(frame: bytes) -> bool:
-    kind = frame[12:14]
-    return (kind == b"\x08\0" and frame[23] == ESP) or (kind == b"\x86\xdd" and frame[20] == ESP)
-
-
-def harmless(frame: bytes) -> bool:
-    """ARP, and ICMPv6 between neighbours: nothing that a host behind a gateway has said."""
-    if MARKER in frame:
-        return False
-    if frame[12:14] == b"\x08\x06":
-        return True
-    if frame[12:14] == b"\x86\xdd":
-        at = 54 + (8 if frame[20] == 0 else 0)  # a hop-by-hop header: of MLD
-        return 58 in (frame[20], frame[54]) and frame[at] in (130, 131, 132, 133, 134, 135, 136, 143)
-    if frame[12:14] == b"\x08\0" and frame[23] == 1 and frame[34:36] == b"\x03\x02":
-        return frame[42 + 9] == ESP  # a kernel without IPsec says so to the other gateway, about its ESP
-    return False
-
-
-class Site:
-    """The hosts, the wire, the files and the running gateways."""
-
-    def __init__(self, lab: Lab, folder: Path, workers: int) -> None:
-        self.folder = folder
-        cores = sorted(os.sched_getaffinity(0))[:workers]
-        self.options = ("--cores", ",".join(map(str, cores)), "--kick", "inline")
-        self.a, self.gw1, wire, self.gw2, self.b = (lab.host(name) for name in ("a", "gw1", "wire", "gw2", "b"))
-        for scope in ("all", "default"):
-            wire.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
-        for host, name, other, other_name in (
-            (self.a, "a0", self.gw1, "l1"),
-            (self.gw1, "w1", wire, "x1"),
-            (self.gw2, "w2", wire, "x2"),
-            (self.b, "b0", self.gw2, "l2"),
-        ):
-            for scope in ("all", "default"):
-                host.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
-            host.sysctl("net.ipv6.conf.all.accept_dad", 0)
-            host.sysctl("net.ipv4.icmp_ratemask", 0)
-            host.sysctl("net.ipv6.icmp.ratelimit", 0)
-            lab.link(host, name, other, other_name, queues=workers)
-        for number, (host, end, gateway, inside, outside) in enumerate(
-            ((self.a, "a0", self.gw1, "l1", "w1"), (self.b, "b0", self.gw2, "l2", "w2"))
-        ):
-            here, there = number + 1, 2 - number
-            host.address(end, f"10.{here}.0.2/24")
-            host.address(end, f"2001:db8:{here}::2/64")
-            for more in (88, 99):
-                host.address(end, f"10.{here}.{more}.2/24")
-                gateway.address(inside, f"10.{here}.{more}.1/24")
-            gateway.address(inside, f"10.{here}.0.1/24")
-            gateway.address(inside, f"2001:db8:{here}::1/64")
-            gateway.address(outside, f"{OUTER[4][number]}/24")
-            gateway.address(outside, f"{OUTER[6][number]}/64")
-            host.route("default", via=f"10.{here}.0.1")
-            host.route("::/0", via=f"2001:db8:{here}::1")
-            gateway.route(f"10.{there}.0.0/16", via=OUTER[4][1 - number])
-            gateway.route(f"2001:db8:{there}::/48", via=OUTER[6][1 - number])
-            gateway.sysctl("net.ipv4.ip_forward", 1)
-            gateway.sysctl("net.ipv6.conf.all.forwarding", 1)
-        self.wire = Wire(wire, "x1", "x2")
-        self.files = [folder / f"gw{number + 1}.toml" for number in range(2)]
-        self.gateways: list[AppProcess] = []
-        for number in range(2):
-            self.write(number)
-
-    def write(self, number: int, sas: dict[int, str] | None = None, default: str = "bypass", extra: str = "") -> None:
-        """The file of gateway `number`; `sas` are keys by SPI, an odd thousand to gw2."""
-        text = f'default = "{default}"\nstate = "{self.folder}/gw{number + 1}.json"\n'
-        for spi, key in (sas or keys()).items():
-            version = spi & 0xF
-            local, remote = OUTER[version][number], OUTER[version][1 - number]
-            text += f'[[sa]]\ntunnel = "six{version}"\ndirection = "{"in" if (spi >> 12) % 2 == number else "out"}"\n'
-            text += f'spi = {spi:#x}\nlocal = "{local}"\nremote = "{remote}"\ncipher = "aes-256-gcm"\nkey = "{key}"\n'
-        here, there = (number, 1 - number)
-        text += f'[[policy]]\naction = "bypass"\nsource = "{CLEAR[here]}"\ndestination = "{CLEAR[there]}"\n'
-        for version, nets in ((6, CROSS), *NETS.items()):
-            text += f'[[policy]]\naction = "protect"\nsource = "{nets[here]}"\ndestination = "{nets[there]}"\n'
-            text += f'tunnel = "six{version}"\n'
-        self.files[number].touch(mode=0o600)
-        self.files[number].write_text(text + extra)
-
-    def start(self, number: int) -> AppProcess:
-        ports = (f"l{number + 1}", f"w{number + 1}")
-        name = f"gw{number + 1}-{os.getpid()}"
-        options = (*self.options, "--name", name, "--config", str(self.files[number]))
-        return AppProcess((self.gw1, self.gw2)[number], "ipsec", *ports, *options)
-
-    def reach(self, version: int = 4) -> None:
-        """Until a packet comes through: both gateways know their neighbours then."""
-        target = B if version == 4 else B6
-        wait_until(lambda: self.a.ping(target, count=1, timeout=0.5).received, 20, f"{target} to answer")
-
-    def drops(self, number: int) -> dict[str, int]:
-        return dict(self.gateways[number].counters().drops)
-
-    def sas(self, number: int) -> dict[int, dict[str, Any]]:
-        command = ["ipsec", "sas", self.gateways[number].ready["name"], "--json"]
-        return {sa["spi"]: sa for sa in json.loads(fp(*command))["sas"]}
-
-
-def fp(*arguments: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(list(arguments)) == 0
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module", params=WORKERS, ids=lambda count: f"workers{count}")
+@pytest.fixture(scope="module", params=WORKERS, ids=lambda counts: "-".join(map(str, counts)))
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with Lab(ipv6=True) as lab:
         site = Site(lab, tmp_path_factory.mktemp("ipsec"), request.param)
@@ -226,9 +69,9 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for gateway, name, neighbour in ((site.gw1, "w1", 1), (site.gw2, "w2", 0)):
             for version in (4, 6):
                 gateway.neighbour(name, OUTER[version][neighbour], None)  # to be found by the first packets
-        with contextlib.ExitStack() as stack:
+        with site:
             for number in (0, 1):
-                site.gateways.append(stack.enter_context(site.start(number)))
+                site.gateways.append(site.start(number))
             site.wire.leaks()
             yield site
 
@@ -326,17 +169,25 @@ def test_what_the_policies_bypass_goes_in_clear(site: Site) -> None:
     clear = site.wire.leaks()
     assert len(clear) == 4
     assert site.wire.esp() == []
+    with site.b.socket() as receiver, site.a.socket() as sender:
+        receiver.settimeout(5)
+        receiver.bind((CLEAR[1].replace("0/24", "2"), 7778))
+        sender.bind((CLEAR[0].replace("0/24", "2"), 0))
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x94\4\0\0")  # router alert: for Linux to forward
+        sender.sendto(b"by Linux", (CLEAR[1].replace("0/24", "2"), 7778))
+        assert receiver.recv(100) == b"by Linux", "the kernel's policies are in the same order"
+    assert len(site.wire.leaks()) == 1
 
 
 def test_ipv4_through_a_tunnel_over_ipv6(site: Site) -> None:
     ends = {"address": "10.2.88.2", "source": "10.1.88.2"}
-    wait_until(lambda: site.a.ping(**ends, count=1, timeout=0.5).received, 20, "an answer")
+    wait_until(lambda: site.a.ping(**ends, count=1, timeout=0.2).received, 20, "an answer")
     assert site.a.ping(**ends, count=3, interval=0.01).received == 3
     assert {frame[12:14] for frame in site.wire.esp()} == {b"\x86\xdd"}
 
 
-def test_packets_that_a_router_would_punt(site: Site) -> None:
-    """Options, fragments, odd protocols, extension headers, malformed: whatever becomes of them, not in clear."""
+def send_odd_packets(site: Site) -> None:
+    """What a router would punt or drop: options, fragments, odd protocols, extension headers, malformed, too big."""
     from scapy.layers.inet import IP, UDP, IPOption_Router_Alert, fragment
     from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
     from scapy.layers.l2 import Ether
@@ -355,6 +206,8 @@ def test_packets_that_a_router_would_punt(site: Site) -> None:
         IP(src=A, dst="10.2.0.255") / load,
         IP(src="10.1.0.255", dst=B) / load,
         IP(src=GW1, dst=B) / load,
+        IP(src=A, dst=B, flags=0) / UDP(sport=9, dport=9) / Raw(MARKER * 42),
+        IP(src=A, dst=B, flags="DF") / UDP(sport=9, dport=9) / Raw(MARKER * 42),
         IP(src=A, dst=B, len=20) / load,
         IP(src=A, dst=B, chksum=1) / load,
         IP(src=A, dst=B, ihl=15) / load,
@@ -362,6 +215,7 @@ def test_packets_that_a_router_would_punt(site: Site) -> None:
         six / IPv6ExtHdrDestOpt() / load,
         six / IPv6ExtHdrFragment(offset=0, m=1, id=7) / Raw(MARKER + bytes(6)),
         six / IPv6ExtHdrFragment(offset=5, m=0, id=7) / Raw(MARKER),
+        six / UDP(sport=9, dport=9) / Raw(MARKER * 41),
         IPv6(src=A6, dst=B6, hlim=1) / load,
         IPv6(src=A6, dst=GW26) / load,
         IPv6(src=GW16, dst=B6) / load,
@@ -373,8 +227,60 @@ def test_packets_that_a_router_would_punt(site: Site) -> None:
             out.send(bytes(ether / packet))
             vlan = bytes(ether)[:12] + b"\x81\0\0\5" + bytes(ether / packet)[12:]
             out.send(vlan)
+
+
+def test_packets_that_a_router_would_punt(site: Site) -> None:
+    """Whatever becomes of them: not in clear."""
+    send_odd_packets(site)
     site.reach()
     assert site.wire.leaks() == []
+
+
+def test_neighbours_that_linux_forgets_under_traffic_are_found_again(site: Site) -> None:
+    """By Linux, on behalf of packets that it does not get: of ESP, and of what was in it."""
+
+    def lost() -> list[int]:
+        return [site.drops(number).get("no-neighbour", 0) for number in (0, 1)]
+
+    site.reach(6)
+    with UdpStream(site.a, site.b, B, rate=500) as stream:
+        wait_until(lambda: stream.received > 50, 20)
+        punted, before = site.punted(), lost()
+        site.flush()
+        wait_until(lambda: all(after > one for one, after in zip(before, lost(), strict=True)), 10, "drops")
+        received = stream.received
+        wait_until(lambda: stream.received > received + 100, 10, "the stream to go on")
+    for version in (4, 6):
+        site.reach(version)
+    assert site.punted() == punted
+
+
+@BOTH
+def test_errors_are_rate_limited(site: Site, version: int) -> None:
+    """Of packets that come too fast, few are told about; the others are dropped by name, none is Linux's."""
+    target, count = (B if version == 4 else B6), 1500
+    site.reach(version)
+    before, punted = site.drops(0).get("esp-ttl", 0), site.punted()
+    family, protocol = (socket.AF_INET, socket.IPPROTO_ICMP) if version == 4 else (socket.AF_INET6, 58)
+    with site.a.socket(family, socket.SOCK_RAW, protocol) as errors, site.a.socket(family) as sender:
+        errors.setblocking(False)
+        errors.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
+        option = (socket.IPPROTO_IP, socket.IP_TTL) if version == 4 else (socket.IPPROTO_IPV6, 16)  # hops
+        sender.setsockopt(*option, 1)
+        for _ in range(count):
+            with contextlib.suppress(OSError):  # the errors about those before
+                sender.sendto(MARKER, (target, 9))
+        told = 0
+
+        def more() -> bool:
+            nonlocal told
+            with contextlib.suppress(BlockingIOError):
+                while found := errors.recv(2048):
+                    told += found[20 if version == 4 else 0] == (11 if version == 4 else 3)
+            return told > 0 and site.drops(0).get("esp-ttl", 0) > before
+
+        wait_until(more, 5, "errors, and the limit")
+    assert site.punted() == punted
 
 
 def test_the_gateway_s_own_traffic_is_kept_in(site: Site) -> None:
@@ -457,58 +363,135 @@ def test_clear_packets_from_outside_do_not_get_in(site: Site) -> None:
     site.wire.frames(site.wire.others)
 
 
+def test_an_interface_that_comes_later_and_is_not_ours(site: Site) -> None:
+    """What Linux forwards between it and the gateway's ports meets the policies there."""
+    other = site.lab.host("other")
+    site.lab.link(other, "o0", site.gw1, "l3")
+    other.address("o0", "10.1.77.2/24")
+    site.gw1.address("l3", "10.1.77.1/24")
+    other.route("default", via="10.1.77.1")
+    assert other.ping(B, count=2, interval=0.01, timeout=0.2).received == 0
+    assert site.b.ping("10.1.77.2", count=2, interval=0.01, timeout=0.2).received == 0
+    assert site.wire.leaks() == []
+    site.gw1.netlink("link", "del", index=site.gw1.index("l3"))
+    site.reach()
+
+
+def test_a_second_gateway_is_refused(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the same namespace, whatever its file says; and elsewhere with the same state. The first carries on."""
+    before = site.gw1.call(xfrm.policies)
+    with site.gw1.enter():
+        assert main(["ipsec", "l1", "w1", "--config", str(site.files[1])]) == 2
+        holder = f"process {site.gateways[0].process.pid} of user 0"
+        assert f"fp: fp ipsec runs already in this network namespace ({holder}); end it" in capsys.readouterr().err
+        assert main(["ipsec", "release", "--config", str(site.files[0])]) == 2
+    assert site.gw1.call(xfrm.policies) == before
+    host = site.wire.host
+    host.sysctl("net.ipv4.ip_forward", 1)
+    host.sysctl("net.ipv6.conf.all.forwarding", 1)
+    with host.enter():
+        assert main(["ipsec", "x1", "x2", "--config", str(site.files[0])]) == 2
+        assert "gw1.json is in use by another process; end that one" in capsys.readouterr().err
+        assert xfrm.policies() == []
+    site.reach()
+
+
 def test_rekeyed_under_load(site: Site) -> None:
     """New SAs beside the old ones, then without those: nothing is lost. A bad file changes nothing."""
     new = {spi + 0x100: key for spi, key in keys(1).items()}
+    site.reach()
     with UdpStream(site.a, site.b, B, rate=500) as stream:
         wait_until(lambda: stream.received > 50, 20)
         for number in (1, 0):
-            site.write(number, {**keys(), **new})
-            said = len(site.gateways[number].said())
-            site.gateways[number].process.send_signal(signal.SIGHUP)
-            wait_until(lambda: "4 SAs new, 0 gone" in site.gateways[number].said()[said:], 10)  # noqa: B023
+            site.reload(number, "4 SAs new, 0 gone", sas={**keys(), **new})
         wait_until(lambda: site.sas(1)[0x1104]["counters"]["packets"] > 50, 10, "the new SA to be used")
         for number in (0, 1):
-            site.write(number, new)
-            said = len(site.gateways[number].said())
-            site.gateways[number].process.send_signal(signal.SIGHUP)
-            wait_until(lambda: "0 SAs new, 4 gone" in site.gateways[number].said()[said:], 10)  # noqa: B023
+            site.reload(number, "0 SAs new, 4 gone", sas=new)
         received = stream.received
         wait_until(lambda: stream.received > received + 50, 10)
     assert stream.result.lost <= 2
     assert set(site.sas(0)) == set(new)
 
-    for change, words in (
-        ({"sas": {spi: keys(2)[spi - 0x100] for spi in new}}, "the SA with SPI 0x1104 has changed; a new key"),
-        ({"sas": new, "default": "discard"}, "default has changed; that takes a restart"),
-        ({"sas": new, "extra": 'what = "?"\n'}, "there is no 'what' in [[policy]]"),
-    ):
-        site.write(0, **change)
-        said = len(site.gateways[0].said())
-        site.gateways[0].process.send_signal(signal.SIGHUP)
-        wait_until(lambda: words in site.gateways[0].said()[said:], 10, words)  # noqa: B023
-        assert "as it was" in site.gateways[0].said()[said:] or "as they were" in site.gateways[0].said()[said:]
+
+def test_a_bad_file_changes_nothing(site: Site) -> None:
+    """One line, with its place and the remedy; SAs and policies stay."""
+    new, policies = {spi + 0x100: key for spi, key in keys(1).items()}, site.gw1.call(xfrm.policies)
+    other, policy = keys(2)[0x1004], "[[policy]]\naction = {}\nsource = {}\ndestination = {}\n"
+    for words, written in (
+        ("the SA with SPI 0x1104 has changed; a new key", {"sas": {spi: keys(2)[spi - 0x100] for spi in new}}),
+        ("default has changed; that takes a restart", {"sas": new, "default": "discard"}),
+        ("there is no 'what' in [[policy]]; there are action", {"sas": new, "last": 'what = "?"\n'}),
+        ("has keys, and others may use it (mode 0644); chmod 600", {"sas": new, "mode": 0o644}),
+        ("; it is TOML: name = value", {"sas": new, "last": f'key = "{other}\n'}),
+        ("10.1.0.1/16, which has bits beyond its length; write", {
+            "sas": new, "last": policy.format('"discard"', '"10.1.0.1/16"', '"10.2.0.0/16"')}),
+    ):  # fmt: skip
+        said = site.reload(0, words, **written)
+        (line,) = [line for line in said.splitlines() if words in line]
+        assert "as it was: " in line or "as they were: " in line
+        assert str(site.files[0]) in line
     assert set(site.sas(0)) == set(new)
+    assert site.gw1.call(xfrm.policies) == policies
     site.reach()
-    site.write(0, new)
+
+
+def test_policies_come_and_go_with_the_file(site: Site) -> None:
+    """Here and in the kernel: a policy in front, and away again; and what was bypassed is protected for a while."""
+    new, ends = {spi + 0x100: key for spi, key in keys(1).items()}, {"address": B, "source": "10.1.88.2"}
+    policy = "[[policy]]\naction = {}\nsource = {}\ndestination = {}\n"
+    before = site.gw1.call(xfrm.policies)
+    wait_until(lambda: site.a.ping(**ends, count=1, timeout=0.2).received, 20, "an answer")
+    first = policy.format('"discard"', '"10.1.88.0/24"', '"10.2.0.0/24"')
+    first += policy.format('"protect"', f'"{CLEAR[0]}"', '"10.2.0.0/16"') + 'tunnel = "six4"\n'
+    site.reload(0, "0 SAs new, 0 gone, 6 policies in force", sas=new, first=first)
+    assert site.a.ping(**ends, count=1, timeout=0.2).received == 0
+    assert site.drops(0)["policy-discard"] >= 1
+    assert set(site.gw1.call(held)) == set(ours.wanted(read(str(site.files[0]))))
+    clear = {name: CLEAR[i].replace("0/24", "2") for i, name in enumerate(("source", "address"))}
+    assert site.a.ping(**clear, count=1, timeout=0.2).received == 0, "the other gateway wants that in clear"
+    assert site.wire.leaks() == []
+    site.reload(0, "0 SAs new, 0 gone, 4 policies in force", sas=new)
+    wait_until(lambda: site.a.ping(**ends, count=1, timeout=0.2).received, 20, "an answer again")
+    assert {one._replace(number=0) for one in before} == set(site.gw1.call(held))
+
+
+def held() -> list[xfrm.Policy]:
+    return [policy._replace(number=0) for policy in xfrm.policies()]
 
 
 def test_keys_are_nowhere_to_be_seen(site: Site) -> None:
-    """Not in what it says, not in its arguments, not in what others can ask it, not in the state it keeps."""
-    places = []
-    for number in (0, 1):
-        gateway = site.gateways[number]
-        places += [gateway.said().encode(), Path(f"/proc/{gateway.process.pid}/cmdline").read_bytes()]
-        places += [Path(f"/proc/{gateway.process.pid}/environ").read_bytes(), json.dumps(site.sas(number)).encode()]
-        places += [
-            fp("ipsec", "sas", gateway.ready["name"]).encode(),
-            (site.folder / f"gw{number + 1}.json").read_bytes(),
-        ]
+    """Not in what it says and logs (everything), not in its arguments and files of /proc, not in what others can ask
+    it, not in the state it keeps."""
+    for gateway, number in zip(site.gateways, (0, 1), strict=True):
+        name = gateway.ready["name"]
+        assert "fp: " in gateway.said()
+        places = [gateway.said(), json.dumps([gateway.forwarding, gateway.ready, site.sas(number)])]
+        places += [fp("ipsec", "sas", name), fp("ipsec", "sas", name, "--json"), fp("stats", name, "--json")]
+        with connect(name) as instance:
+            for command in ("ping", "sas", "verify", "key", *map(hex, site.sas(number))):
+                try:
+                    places.append(json.dumps(instance.ask(command)))
+                except Error as error:
+                    places.append(repr(error))
+        found = [place.encode() for place in places]
+        process = Path(f"/proc/{gateway.process.pid}")
+        files = ("cmdline", "comm", "environ", "maps", "mountinfo", "stat", "status", "wchan")
+        found += [(process / file).read_bytes() for file in files]
+        found += [file.read_bytes() for file in (process / "task").glob("*/comm")]
+        found += [os.readlink(file).encode() for file in (process / "fd").iterdir()]
+        found += [file.read_bytes() for file in site.folder.glob("*.json*")]
+        assert_without_keys(found)
+
+
+def assert_without_keys(places: list[bytes]) -> None:
     for generation in range(3):
         for key in keys(generation).values():
+            material = bytes.fromhex(key)
             for place in places:
-                assert key.encode() not in place
-                assert bytes.fromhex(key)[:8] not in place
+                assert key[:16].encode() not in place
+                assert key[:16].upper().encode() not in place
+                assert material[:8] not in place
+                assert repr(material)[2:34].encode() not in place
 
 
 def test_policies_that_somebody_removes_are_put_back(site: Site) -> None:
@@ -531,34 +514,111 @@ def test_another_policy_of_linux_s_suspends_and_nothing_goes_in_clear(site: Site
     wait_until(lambda: "Linux forwards alone" in gateway.said()[said:], 10)
     assert site.a.ping(B, count=3, interval=0.01, timeout=0.2).received == 0
     assert site.a.ping(B6, count=3, interval=0.01, timeout=0.2).received == 0
+    send_odd_packets(site)
     assert site.wire.leaks() == []
     site.gw1.netlink("rule", "del", **rule)
     site.reach()
 
 
 def test_killed_under_load_nothing_goes_in_clear_and_a_restart_takes_over(site: Site) -> None:
-    """Last: the kernel drops what would be in clear; the next start goes on with the sequence numbers."""
-    with UdpStream(site.a, site.b, B, rate=500) as stream:
-        wait_until(lambda: stream.received > 50, 20)
+    """The kernel drops what would be in clear, and the peer's ESP; the next start goes on with the sequence numbers."""
+    with UdpStream(site.a, site.b, B, rate=500) as stream, UdpStream(site.b, site.a, A, rate=500) as back:
+        wait_until(lambda: min(stream.received, back.received) > 50, 20)
         spi = next(spi for spi, sa in site.sas(1).items() if sa["direction"] == "in" and ":" not in sa["local"])
         used = site.sas(1)[spi]["sequence"]
         site.gateways[0].stop(signal.SIGKILL)
+        site.wire.esp()
         received, sent = stream.received, stream.sent
-        wait_until(lambda: stream.sent > sent + 500, 10)
+        send_odd_packets(site)
+        wait_until(lambda: stream.sent > sent + 200, 10)
         assert stream.received <= received + 50
         assert site.wire.leaks() == [], "the kernel forwards nothing of it"
+        assert site.wire.esp(), "the other gateway does not know"
         assert site.a.ping(B6, count=2, timeout=0.3).received == 0
-        with site.start(0) as gateway:
-            site.gateways[0] = gateway
-            received = stream.received
-            wait_until(lambda: stream.received > received + 100, 10, "the stream to go on")
-            assert site.sas(0)[spi]["sequence"] > used
-            site.reach(6)
-            assert gateway.stop() == 0
-            assert "the XFRM policies stay in the kernel, nothing goes in clear; fp ipsec release" in gateway.said()
+        clear = {name: CLEAR[i].replace("0/24", "2") for i, name in enumerate(("source", "address"))}
+        assert site.a.ping(**clear, count=2).received == 2, "what is to be bypassed goes on"
+        assert len(site.wire.leaks()) == 4
+        with site.start(0, wait=False) as gateway:
+            gateway.wait_said("compiling")
+            gateway.stop(signal.SIGKILL)
+        assert site.wire.leaks() == [], "nor while it starts"
+        received, came = stream.received, back.received
+        site.start_again(0)
+        wait_until(lambda: stream.received > received + 100, 10, "the stream to go on")
+        wait_until(lambda: back.received > came + 100, 10, "the other one to go on")
+        assert site.sas(0)[spi]["sequence"] > used
+        site.reach(6)
+
+
+def test_a_start_with_another_file_and_an_sa_that_is_used_up(site: Site) -> None:
+    """Policies that its file has not any more go; without a successor the exhausted SA's tunnel is closed."""
+    gateway, number, spi = site.gateways[0], 0, 0x1106
+    used = site.sas(0)[spi]["sequence"]
+    assert gateway.stop() == 0
+    state = site.folder / "gw1.json"
+    told = json.loads(state.read_text())
+    (entry,) = [one for one in told["sas"].values() if one["sequence"] == used and one["iv"]]
+    entry["sequence"] = 2**32 - 6
+    state.write_text(json.dumps(told))
+    new = {spi + 0x100: key for spi, key in keys(1).items()}
+    policy = "[[policy]]\naction = {}\nsource = {}\ndestination = {}\n"
+    site.write(0, new, first=policy.format('"discard"', '"10.1.88.0/24"', '"10.2.0.0/16"'))
+    gateway = site.start_again(0)
+    assert set(site.gw1.call(held)) == set(ours.wanted(read(str(site.files[0]))))
+    with site.a.socket(socket.AF_INET6) as sender:
+        for _ in range(20):
+            sender.sendto(MARKER, (B6, 9))
+    wait_until(lambda: site.drops(0).get("sa-exhausted", 0) >= 15, 5, "the drops")
+    assert site.sas(0)[spi]["exhausted"]
+    assert (site.sas(0)[spi]["sequence"], site.sas(0)[spi]["remaining"]) == (2**32 - 1, 0)
+    assert "0x1106 has used all its sequence numbers: it sends nothing more" in fp(
+        "ipsec", "sas", gateway.ready["name"]
+    )
+    assert site.a.ping(B6, count=2, interval=0.01, timeout=0.2).received == 0
+    assert site.wire.leaks() == []
+    more = {**new, 0x1206: keys(2)[0x1006]}
+    for number in (1, 0):
+        site.reload(number, "1 SAs new, 0 gone", sas=more)
+    site.reach(6)
+    assert site.sas(0)[0x1206]["sequence"] > 0
+
+
+def test_stopped_nothing_goes_in_clear_until_the_policies_are_released(site: Site) -> None:
+    gateway = site.gateways[0]
+    with UdpStream(site.a, site.b, B, rate=500) as stream:
+        wait_until(lambda: stream.received > 50, 20)
+        assert gateway.stop() == 0
+        assert "the XFRM policies stay in the kernel, nothing goes in clear; fp ipsec release" in gateway.said()
+        assert_without_keys([gateway.said().encode(), json.dumps(gateway.end).encode()])
         sent = stream.sent
         wait_until(lambda: stream.sent > sent + 100, 10)
         assert site.wire.leaks() == []
     with site.gw1.enter():
         assert fp("ipsec", "release", "--config", str(site.files[0])) == ""
         assert xfrm.policies() == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("reading Linux's links", signal.SIGINT),
+        ("compiling the pipeline", signal.SIGTERM),
+        ("forwarding between", signal.SIGINT),
+    ],
+    ids=["reading", "compiling", "forwarding"],
+)
+def test_interrupted(site: Site, stage: str, number: signal.Signals) -> None:
+    """A start that has come to nothing leaves nothing; once it forwards, the policies stay."""
+    with site.start(0, wait=False) as gateway:
+        gateway.wait_said(stage)
+        status = gateway.stop(number)
+        said = gateway.said()
+    assert "Traceback" not in said
+    if stage == "forwarding between":
+        assert status in (0, 130), "the latter if it has just said so"
+        assert set(site.gw1.call(held)) == set(ours.wanted(read(str(site.files[0]))))
+        with site.gw1.enter():
+            fp("ipsec", "release", "--config", str(site.files[0]))
+    else:
+        assert status == 130
+    assert site.gw1.call(xfrm.policies) == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,8 +78,8 @@ def due(config: Config) -> set[xfrm.Policy]:
     return set(ours.wanted(config))
 
 
-def test_installed_left_adopted_and_released(host: Host, make: Make) -> None:
-    first, second = make(PROTECT, BYPASS, DISCARD6), make(DISCARD6, PROTECT)
+def test_installed_left_adopted_and_released(host: Host, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = make(PROTECT, ("discard", *BYPASS[1:]), DISCARD6), make(DISCARD6, PROTECT)
     with host.enter():
         with ours.Kernel(ours.wanted(first)):
             assert held(host) == due(first)
@@ -92,12 +95,46 @@ def test_installed_left_adopted_and_released(host: Host, make: Make) -> None:
             kernel.change(ours.wanted(second))
             assert held(host) == due(second)
         assert ours.release(first) == 0, "none of these is there as this file says"
+        assert "8 policies of fp ipsec stay: they are of another file, or of this one as it was" in caplog.text
         assert ours.release(second) == 8
         assert held(host) == set()
         assert ours.release(second) == 0
         assert ours.block(first) == len(due(first)) == 12
         assert ours.block(second) == 8
         assert held(host) == due(second)
+
+
+def test_what_is_on_the_way_to_other_policies_only_blocks_more(host: Host, make: Make) -> None:
+    """No packet is forwarded by Linux that neither the policies before nor those to come let pass."""
+    first = make(BYPASS, PROTECT)
+    second = make(("protect", *BYPASS[1:]), ("bypass", "10.1.8.0/24", "10.2.0.0/16"), ("bypass", *PROTECT[1:]))
+    with host.enter():
+        ours.block(first)
+        with ours.Kernel(ours.wanted(first)) as kernel:
+            kernel.tighten(ours.wanted(second))
+            assert {one.source for one in held(host) if one.action == "allow"} == set()
+            assert {one.source for one in held(host) if one.direction == "out"} == {"10.1.9.0/24", "10.1.0.0/16"}
+            kernel.change(ours.wanted(second))
+            assert held(host) == due(second)
+            kernel.change(ours.wanted(first))
+            assert held(host) == due(first)
+        with ours.Kernel(ours.wanted(make(PROTECT))):
+            assert {one.action for one in held(host)} == {"block"}, "an allowance of an earlier run is gone at once"
+
+
+def test_linux_told_not_to_look_at_policies(host: Host, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with host.enter():
+        ours.require_enabled(["lo"])
+        host.sysctl("net.ipv4.conf.all.disable_xfrm", 1)
+        with pytest.raises(PolicyConflict, match=r"sysctl net\.ipv4\.conf\.all\.disable_xfrm\); sysctl -w"):
+            ours.require_enabled(["l0"])
+        host.sysctl("net.ipv4.conf.all.disable_xfrm", 0)
+        host.netlink("link", "add", ifname="d0", kind="veth", peer={"ifname": "d1"})
+        host.sysctl("net.ipv4.conf.d0.disable_policy", 1)
+        with pytest.raises(PolicyConflict, match=r"conf\.d0\.disable_policy=0"):
+            ours.require_enabled(["d0", "d1"])
+        ours.require_enabled(["d1"])
+        assert "policies are not for d0: Linux looks at none there" in caplog.text
 
 
 def test_what_has_gone_is_put_back(host: Host, make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,11 +219,32 @@ def test_starts_that_come_to_nothing(
     finally:
         with host.enter():
             xfrm.remove(next(one for one in xfrm.policies() if one.source == "10.1.0.0/16"))
+    host.sysctl("net.ipv4.conf.all.disable_policy", 1)
+    assert "Linux looks at no XFRM policies" in refused(host, capsys, config)
+    host.sysctl("net.ipv4.conf.all.disable_policy", 0)
     (tmp_path / "state").rename(tmp_path / "elsewhere")
     (tmp_path / "state").touch()
     assert "cannot make the folder" in refused(host, capsys, config)
     make(PROTECT, ("protect", "2001:db8:1::/48", "2001:db8:2::/48"), head=state + HEAD)
     assert "Linux does not forward IPv6" in refused(host, capsys, config)
+
+
+def test_without_root(host: Host, make: Make, tmp_path: Path) -> None:
+    """One line, for each command that changes something."""
+    if (setpriv := shutil.which("setpriv")) is None:
+        pytest.skip("setpriv is not installed")
+    config = make(PROTECT, head=f'state = "{tmp_path}/ipsec.json"\n' + HEAD).path
+    host.sysctl("net.ipv4.conf.all.forwarding", 1)
+    powerless = [setpriv, "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "libfp", "ipsec"]
+    with host.enter():
+        xfrm.remove(next(policy for policy in xfrm.policies()))
+        ours.block(read(config))
+    done = host.run([setpriv, "--bounding-set=-all,+net_admin", *powerless[2:], "block", "--config", config])
+    assert done.returncode == 0, f"as the unit for systemd: {done.stderr}"
+    for arguments in (["lo"], ["release"]):
+        done = host.run([*powerless, *arguments, "--config", config])
+        assert done.returncode == 2, done.stderr
+        assert re.fullmatch(r"fp: .*CAP_NET_ADMIN.*\n", done.stderr), done.stderr
 
 
 def test_ours_are_no_conflict_and_others_are(host: Host, make: Make) -> None:

@@ -14,6 +14,9 @@ from libfp import Pipeline, stage
 from libfp.apps.firewall.conntrack import Connections
 from libfp.apps.firewall.filtering import filter as filtering
 from libfp.apps.firewall.hits import Hits
+from libfp.apps.ipsec.policies import Policies
+from libfp.apps.ipsec.sa import SaTable
+from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
 from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
@@ -93,6 +96,22 @@ def test_no_lock_and_no_call_in_the_firewalls_loop() -> None:
     assert report.indirect == 0, report.where
     assert report.calls <= {"memcpy"}
     for part in ("tcp_packet", "read4", "find_lines", "acl", "_unknown", "rewrite"):
+        assert part in short(report.functions), "or it was not read, and nothing is proven"
+
+
+def test_no_lock_and_only_libcryptos_calls_in_the_ipsec_gateways_loop() -> None:
+    """By address, to decrypt a packet four calls, to encrypt one five: see `libfp.apps.ipsec.libcrypto`."""
+    routes = Routes(routes=1000, next_hops=16)
+    with SaTable(capacity=8) as sas:
+        policies = Policies(sas, capacity=8)
+        stages = parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, routes), protect(sas), forward(routes)
+        report = check_loop(Pipeline(*stages))
+    assert report.findings == ()
+    assert report.indirect == 9, report.where
+    assert sum("esp_in6verify" in one for one in report.where) == 4
+    assert sum("esp_out4send" in one for one in report.where) == 5
+    assert report.calls <= {"memcpy"}
+    for part in ("verify", "send", "icmp", "find", "lend"):
         assert part in short(report.functions), "or it was not read, and nothing is proven"
 
 

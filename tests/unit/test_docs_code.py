@@ -11,7 +11,6 @@ what a reader does elsewhere (``invisible-code-block``, with `meanwhile`), progr
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -210,8 +209,7 @@ class Run:
         name = self.page.parent.name
         command = fp.get_command(click.Context(fp), name)
         assert command is not None
-        own = getattr(importlib.import_module(f"libfp.apps.{name}.cli"), "config", None)
-        known = {*config.keys(command), *getattr(own, "TABLES", ())}
+        known = {*config.keys(command), *getattr(command, "tables", ())}
         assert tomllib.loads(str(example.parsed)).keys() <= known
 
     def nft(self, example: Example) -> None:

@@ -22,10 +22,10 @@ from libfp import Pipeline
 from libfp.apps.ipsec import record, replay
 from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
-from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
+from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
 from libfp.engine.crew import Crew
 from libfp.engine.state import WorkerState
-from libfp.jit import Arena, store64
+from libfp.jit import Arena, load64, store64
 from libfp.jit.primitive import signed64
 from libfp.ports.memory import MemoryPort
 from libfp.stages import Forward, Punt, Routes, forward, parse
@@ -126,8 +126,9 @@ class Gateway:
             packed = [IP(src=PORTS[4][port]), IPv6(src=PORTS[6][port])]
             routes.set_address(port, bytes(packed[0])[12:16], bytes(packed[1])[8:24])
         sas, policies = self.sas, self.policies
+        ways = select(sas, policies, routes)
         self.pipeline = Pipeline(
-            parse, to_sa(sas), decrypt(sas, policies), select(sas, policies, routes), protect(sas), forward(routes)
+            parse, to_sa(sas), decrypt(sas, policies), ways, to_tunnel(sas), protect(sas), forward(routes)
         )
 
     def reset(self, *more: Policy) -> None:
@@ -531,35 +532,86 @@ def test_removing_an_sa(gateway: Gateway) -> None:
     gateway.reset()
 
 
-def test_each_sa_has_its_worker(gateway: Gateway) -> None:
-    """Two workers, stepped by hand: packets of all tunnels on both, forwarded as from one; nothing out of order."""
-    pipeline, crew = gateway.pipeline, Crew(2)
-    ports = [MemoryPort(f"p{n}", ring_size=256) for n in range(2)]
-    statistics = [Arena(1 << 16) for _ in range(2)]
-    states = [
-        WorkerState(pipeline, MemoryPort.open_all, ports, n, statistics[n].address, workers=2, crew=crew)
-        for n in range(2)
-    ]
-    step = pipeline.module().step
-    try:
-        for state in states:
-            step(*state.direct_arguments())
+class TwoWorkers:
+    """Stepped by hand, with a memory port of two queues on either side."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.crew, self.step = Crew(2), gateway.pipeline.module().step
+        self.ports = [MemoryPort(f"p{n}", ring_size=256) for n in range(2)]
+        self.statistics = [Arena(1 << 16) for _ in range(2)]
+        self.states = [
+            WorkerState(gateway.pipeline, MemoryPort.open_all, self.ports, n, self.statistics[n].address,
+                        workers=2, crew=self.crew) for n in range(2)
+        ]  # fmt: skip
+        for state in self.states:
+            self.step(*state.direct_arguments())
             assert state.member is not None
             state.member.takes(True)
-        before = [tunnel.out.sequence for tunnel in gateway.tunnels]
-        for tunnel in gateway.tunnels:
-            gateway.top(tunnel, 0)
-        for worker in range(2):
-            assert len(ports[LAN].inject([tunnel.plain() for tunnel in gateway.tunnels], worker)) == len(WAYS)
-            sealed = [tunnel.seal(1 + worker, tunnel.plain(inbound=True)[14:]) for tunnel in gateway.tunnels]
-            assert len(ports[WAN].inject(sealed, worker)) == len(WAYS)
-        while sum(step(*state.direct_arguments()) for state in states):
+
+    def turn(self, worker: int) -> int:
+        return int(self.step(*self.states[worker].direct_arguments()))
+
+    def settle(self) -> None:
+        while self.turn(0) + self.turn(1):
             pass
-        for worker in range(2):
-            assert len(ports[LAN].collect(worker)) == len(ports[WAN].collect(worker)) == len(WAYS)
-        assert [tunnel.out.sequence for tunnel in gateway.tunnels] == [one + 2 for one in before]
-        assert [tunnel.back.sequence for tunnel in gateway.tunnels] == [2] * len(WAYS)
-    finally:
-        for state in states:
+
+    def close(self) -> None:
+        for state in self.states:
             state.close()
-        crew.close()
+        self.crew.close()
+
+
+@pytest.fixture
+def two(gateway: Gateway) -> Iterator[TwoWorkers]:
+    two = TwoWorkers(gateway)
+    yield two
+    two.close()
+
+
+def test_each_sa_has_its_worker(gateway: Gateway, two: TwoWorkers) -> None:
+    """Packets of all tunnels on both, forwarded as from one; nothing out of order."""
+    before = [tunnel.out.sequence for tunnel in gateway.tunnels]
+    for tunnel in gateway.tunnels:
+        gateway.top(tunnel, 0)
+    for worker in range(2):
+        assert len(two.ports[LAN].inject([tunnel.plain() for tunnel in gateway.tunnels], worker)) == len(WAYS)
+        sealed = [tunnel.seal(1 + worker, tunnel.plain(inbound=True)[14:]) for tunnel in gateway.tunnels]
+        assert len(two.ports[WAN].inject(sealed, worker)) == len(WAYS)
+    two.settle()
+    for worker in range(2):
+        assert len(two.ports[LAN].collect(worker)) == len(two.ports[WAN].collect(worker)) == len(WAYS)
+    assert [tunnel.out.sequence for tunnel in gateway.tunnels] == [one + 2 for one in before]
+    assert [tunnel.back.sequence for tunnel in gateway.tunnels] == [2] * len(WAYS)
+
+
+def test_packets_on_their_way_to_an_sa_that_goes(gateway: Gateway, two: TwoWorkers) -> None:
+    """They are neither sent in clear nor by another SA, not even one that has its place."""
+    gateway.policies.load([Policy("protect", "10.77.0.0/16", "10.78.0.0/16", tunnel="brief")])
+    plain = udp(src="10.77.0.1", dst="10.78.0.1")
+    made = [
+        Sa("brief", "out", spi=0x9000 + n, local=OWN[4], remote=PEER[4], key=bytes([200 + n] * 20)) for n in range(4)
+    ]
+    for old, new in zip(made[:2], made[2:], strict=True):
+        gateway.sas.add(old)
+        for worker in range(2):
+            assert len(two.ports[LAN].inject([plain] * 3, worker)) == 3
+        two.turn(0)  # its own are sent, or all are handed to the other one
+        first = sum(len(two.ports[WAN].collect(worker)) for worker in range(2))
+        at = old.at
+        gateway.sas.remove(old)
+        for part in gateway.sas._turns.parts:  # as if all had turned, and it had been waiting for longer
+            store64(part.view, load64(part.view) + 2)
+        gateway.sas.add(new)
+        assert new.at == at
+        for worker in range(2):
+            two.turn(worker)
+        frames = [data for worker in range(2) for data in two.ports[WAN].collect(worker)]
+        two.settle()
+        frames += [data for worker in range(2) for data in two.ports[WAN].collect(worker)]
+        # those handed off before are gone; those that worker 1 had not looked at are the new one's
+        assert {ip_of(bytes(one))[ESP].spi for one in frames} <= {new.spi}
+        assert len(frames) == 3
+        assert first in (0, 3)
+        assert new.sequence == 3
+        gateway.sas.remove(new)
+    gateway.reset()

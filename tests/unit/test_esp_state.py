@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from libfp.apps.ipsec import record, replay
+from libfp.apps.ipsec import libcrypto, record, replay
 from libfp.apps.ipsec import sa as module
 from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable, Secret
 from libfp.errors import AlreadyRunning, BadInput, TableFull
 from libfp.jit import load64, store64
+from libfp.jit.memory import view
 from libfp.jit.primitive import MASK64, signed64
 
 KEY = bytes(range(100, 120))
@@ -50,8 +51,6 @@ def test_no_iv_and_no_sequence_number_comes_twice(tmp_path: Path) -> None:
     for how in ("closed", "killed", "closed", "killed", "killed"):
         sas = SaTable(tmp_path / "state")
         sas.add(sa := outbound())
-        assert send(sa, 1) == [], "nothing is reserved yet"
-        sas.keep()
         assert sa.sequence >= sequences[-1]
         ivs += send(sa, 1000)
         sequences.append(sa.sequence)
@@ -221,7 +220,9 @@ def test_what_a_table_refuses() -> None:
         with pytest.raises(BadInput, match="two inbound SAs with SPI 0x2001"):
             sas.add(inbound(KEY))
         with pytest.raises(BadInput, match="SAs 0x2001 and 0x1001 have the same key; give each direction"):
-            sas.add(outbound(KEY[::-1]))
+            sas.add(refused := outbound(KEY[::-1]))
+        with pytest.raises(BadInput, match="has been added before"):
+            sas.add(refused)  # its key has been wiped: it would encrypt with zeros
         sas.add(one := outbound())
         sas.add(outbound(KEY[1:] + b"2", spi=0x1003))
         with pytest.raises(TableFull, match="more than 3 SAs"):
@@ -231,8 +232,67 @@ def test_what_a_table_refuses() -> None:
         assert len(sas) == 3
         sas.remove(one)
         assert one not in list(sas)
-    with pytest.raises(BadInput, match="is in no table"):
-        assert one.counters is None
+    with pytest.raises(BadInput, match="has been added before"), SaTable() as sas:
+        sas.add(one)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(20)
+
+
+def test_removed_sas_make_room() -> None:
+    """A gateway that rekeys for ever; keys of those that have gone are wiped."""
+    with SaTable(capacity=2) as sas:
+        sas.add(inbound())
+        for number in range(100):
+            sas.add(sa := outbound(key(number), spi=0x1000 + number))
+            with pytest.raises(TableFull):
+                sas.add(outbound(key(1000), spi=0x5000))
+            at = sa.at
+            assert load64(at) != 0
+            assert sa.counters["packets"] == 0
+            store64(at + record.PACKETS, number)
+            sas.remove(sa)
+            sas.keep()
+            assert bytes(view(at, libcrypto.SIZE)) == bytes(libcrypto.SIZE)
+            assert sa.counters["packets"] == number, "it remembers"
+        assert len(sas) == 1
+
+
+@pytest.mark.parametrize("make", [outbound, inbound])
+def test_a_removed_sa_stays_while_a_worker_may_have_it_in_its_hands(make: Callable[..., Sa]) -> None:
+    with SaTable(capacity=1) as sas:
+        turns = [sas._turns.join(worker) for worker in range(3)]
+        sas.add(sa := make())
+        sas.remove(sa)
+        for number, done in ((0, 2), (1, 1), (1, 1)):
+            with pytest.raises(TableFull, match="more than 1 SAs"):
+                sas.add(make(key(7)))
+            assert load64(sa.at) != 0, "its cipher is there"
+            store64(turns[number].view, load64(turns[number].view) + done)
+        with pytest.raises(TableFull):
+            sas.add(make(key(7)))
+        sas._turns.leave(turns[2])
+        sas.add(make(key(7)))
+
+
+def test_an_sa_that_cannot_be_kept_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SaTable(tmp_path / "state", capacity=2) as sas:
+        sas.add(first := outbound())
+        tunnel = sas._shared.address + record.TUNNELS_AT + 8
+        written = (tmp_path / "state").read_text()
+        monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        for _ in range(3):
+            with pytest.raises(BadInput, match="No space left on device"):
+                sas.add(second := outbound(KEY[1:] + b"1", spi=0x1002))
+        assert (list(sas), second.at, load64(tunnel)) == ([first], 0, first.at)
+        assert (tmp_path / "state").read_text() == written
+        monkeypatch.undo()
+        sas.add(second := outbound(KEY[1:] + b"1", spi=0x1002))
+        assert load64(tunnel) == second.at
+        assert len(send(second, 10)) == 10
+        sas.remove(second)
+        assert load64(tunnel) == first.at
 
 
 POLICIES = {

@@ -143,13 +143,14 @@ class TestMaglev:
         assert set(pipeline.run_once(packets)) == {"forward"}
 
 
-@pytest.mark.parametrize("name", ["deny", "rate_limit", "prefix_count", "maglev"])
+@pytest.mark.parametrize("name", ["deny", "rate_limit", "prefix_count", "maglev", "gateway"])
 def test_what_goes_wrong_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prefixes").write_text("10.0.0.0/8\n10.0.0.0/33\n")
     wrong = {
         "deny": [["none0"]],
         "rate_limit": [["10", "none0"]],
         "prefix_count": [[str(tmp_path / "prefixes"), "none0"], ["/dev/null", "none0"]],
+        "gateway": [["none0", "none1", "--config", str(tmp_path / "no.toml")], ["none0", "none1"]],
         "maglev": [["-i", "none0", "192.0.2.80", "10.0.0.1"], ["-i", "lo", "192.0.2", "10.0.0.1"]],
     }
     program = example(name)
@@ -160,7 +161,7 @@ def test_what_goes_wrong_is_one_line(name: str, tmp_path: Path, capsys: pytest.C
         assert err.startswith(f"{name}.py: ")
         assert err.count("\n") == 1
     assert run(program.main, f"{name}.py", []) == 2
-    assert "Missing" in capsys.readouterr().err
+    assert ("no --config" if name == "gateway" else "Missing") in capsys.readouterr().err
 
 
 def test_help_is_the_program_s_own_text() -> None:

@@ -34,8 +34,8 @@ def by_state(state: int, action: int, **asks: Any) -> Rule:
 
 
 STATEFUL = [by_state(ESTABLISHED, 1), by_state(RELATED, 1), by_state(INVALID, 2), by_state(NEW, 1, dport=80),
-            by_state(NEW, 1, dport=53, protocol="udp"), by_state(NEW, 1, protocol=(0, 0xC4)), Rule(40 | 3, dport=113),
-            Rule(44 | 2)]  # fmt: skip
+            by_state(NEW, 1, dport=53, protocol="udp"), by_state(NEW, 1, protocol="icmp"),
+            by_state(NEW, 1, protocol="icmpv6"), Rule(40 | 3, dport=113), Rule(44 | 2)]  # fmt: skip
 FORWARDED = "forward"
 
 
@@ -155,12 +155,14 @@ def test_pings_and_errors_about_them(bed: Bed, version: int) -> None:
     assert bed.one(ping(version, ask)) == FORWARDED
     assert bed.one(ping(version, answer), 1) == FORWARDED
     assert bed.one(about(version, ping(version, ask)), 1) == FORWARDED
-    assert bed.one(about(version, ping(version, answer)), 1) == "drop filtered", "that went the other way"
+    assert bed.one(about(version, ping(version, answer)), 1) == "drop filtered", "somebody else sent that"
     assert bed.one(about(version, ping(version, ask, identifier=8)), 1) == "punt flow-unknown"
     assert bed.one(about(version, ping(version, ask), dst=CLIENT[version] + "7"), 1) == "drop filtered", "to a third"
     back = {"src": SERVER[version], "dst": CLIENT[version]}
     other = icmp(version, struct.pack("!BBHHH", ask, 0, 0, 7, 1), **back)
     assert bed.one(other, 1) == "punt crossed-echo", "Linux has a flow for each direction"
+    crossed = about(version, other, src=CLIENT[version] + "9", dst=SERVER[version])
+    assert bed.one(crossed) == "punt flow-unknown", "and may know the other"
     assert len(bed.flows) == 1
 
 
@@ -168,13 +170,13 @@ def test_pings_and_errors_about_them(bed: Bed, version: int) -> None:
 def test_errors_about_tcp_and_udp_cut_anywhere(bed: Bed, version: int) -> None:
     header = 20 if version == 4 else 40
     for frame in (tcp(b"data", flags="S", **ends(version)), udp(b"data", **ends(version, dport=53))):
-        assert bed.one(about(version, frame), 1) == "punt flow-unknown"
-        assert bed.one(frame) == FORWARDED
+        assert bed.one(about(version, frame), 1, guard="end") == "punt flow-unknown"
+        assert bed.one(frame, guard="end") == FORWARDED
         for size in range(60):
             verdict = FORWARDED if size >= header + 4 else "drop filtered"
             assert bed.one(about(version, frame, size), 1, guard="end") == verdict
     later = ipv4(b"12345678", protocol=17, fragment_offset=8, src=CLIENT[4], dst=SERVER[4])
-    assert bed.one(icmp_error(later, src="10.0.2.9", dst=CLIENT[4]), 1) == "drop filtered"
+    assert bed.one(icmp_error(later, src="10.0.2.9", dst=CLIENT[4]), 1, guard="end") == "drop filtered"
     assert len(bed.flows) == 2, "of which no error makes one"
 
 
@@ -197,8 +199,8 @@ def test_what_linux_decides(bed: Bed) -> None:
         ipv4(b"12345678", protocol=47, **at): "untracked-protocol",
         ipv6(b"12345678", next_header=44, **at6): "ipv6-extension",
         ipv6(b"12345678", next_header=132, **at6): "untracked-protocol",
-        ipv6(bytes([135]) + bytes(23), next_header=58, **at6): "neighbour-discovery",
-        ipv6(bytes([139]) + bytes(23), next_header=58, **at6): "untracked-icmp",
+        icmp(6, bytes([135]) + bytes(23), **at6): "neighbour-discovery",
+        icmp(6, bytes([139]) + bytes(23), **at6): "untracked-icmp",
         icmp(4, bytes([13]) + bytes(19), **at): "untracked-icmp",
         ping(4, 8, code=1): "untracked-icmp",
         ipv4(b"1234567", protocol=17, **at): "truncated",

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +232,9 @@ def test_command_line(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.fullmatch(r"fp: \S+ipsec\.toml, line 23: esn is neither [^\n]+\n", capsys.readouterr().err)
     assert main(["ipsec", "--config", write(changed(("interfaces", "faces")))]) == 2
     assert re.search(r"line 1: there is no 'faces'; there are bypass, .*policy, sa, state", capsys.readouterr().err)
+    assert main(["ipsec", "--config", write(f'"{KEYS[0]}" = 1\n{GOOD}')]) == 2
+    assert "line 1: there is no such key; there are bypass" in (said := capsys.readouterr().err)
+    assert KEYS[0][:8] not in said
     assert main(["ipsec", "--help"]) == 0
     assert "key" not in capsys.readouterr().out.lower()
 
@@ -279,3 +284,16 @@ def test_policies_of_the_kernel(write: Write) -> None:
         ("0.0.0.0/0", "fwd", "block", xfrm.LAST)
     ]
     assert config.TABLES == cli.TABLES
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_no_core_is_left(keyed: bool, tmp_path: Path) -> None:
+    """A crash of a process with keys leaves none where one of another process would have."""
+    code = "import os, resource; resource.setrlimit(resource.RLIMIT_CORE, (1 << 30, 1 << 30)); os.chdir({!r})\n"
+    code += "from libfp.apps.ipsec.gateway import without_cores; without_cores()\n" if keyed else ""
+    command = [sys.executable, "-c", code.format(str(tmp_path)) + "os.abort()"]
+    _, status = os.waitpid(os.posix_spawn(sys.executable, command, os.environ), 0)
+    assert os.WTERMSIG(status) == signal.SIGABRT
+    if not keyed and not os.WCOREDUMP(status):
+        pytest.skip("nothing leaves a core here")
+    assert os.WCOREDUMP(status) != keyed

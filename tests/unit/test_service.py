@@ -22,7 +22,7 @@ from libfp.cli import config, journal, main
 from libfp.cli.service import Service, notify, watchdog
 from libfp.errors import BadInput
 
-APPS = ("router", "firewall")
+APPS = ("router", "firewall", "ipsec")
 
 
 def unit_of(app: str) -> Path:
@@ -238,9 +238,11 @@ def test_records_of_the_log_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs the program systemd-analyze")
 @pytest.mark.parametrize("app", APPS)
 def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, app: str) -> None:
-    unit = tmp_path / unit_of(app).name
-    unit.write_text(unit_of(app).read_text().replace("/usr/local/bin/fp", sys.executable))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    units = []
+    for file in unit_of(app).parent.glob("*.service"):
+        units.append(tmp_path / file.name)
+        units[-1].write_text(file.read_text().replace("/usr/local/bin/fp", sys.executable))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *map(str, units)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
