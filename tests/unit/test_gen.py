@@ -267,6 +267,14 @@ def test_generator_and_receiver_agree_over_memif() -> None:
         generator.load(Traffic(size=1518, families=(4, 6), flows=2))
         report = generator.run(packets=MANY)
         assert (report.sent, report.received, report.reordered) == (MANY, MANY, 0)
+    ends = [MemifPort(role, socket=f"@gen{os.getpid()}", role=role) for role in ("server", "client")]  # type: ignore[arg-type]
+    with Generator(ends, [Traffic(), Traffic(families=(6,)).reverse()]) as generator:  # both ways
+        generator.wait_connected()
+        report = generator.run(packets=MANY)
+        assert [(one.port, one.sent, one.received) for one in report.streams] == [
+            ("server", MANY, MANY),
+            ("client", MANY, MANY),
+        ]
     alone = MemifPort("alone", socket=f"@gen{os.getpid()}", role="client")
     with Generator([alone], Traffic()) as generator, pytest.raises(PeerGone, match="alone: nobody"):
         generator.wait_connected(0.01)
