@@ -413,17 +413,16 @@ def _throughputs(found: Sequence[Throughput], now: str = "") -> RenderableType:
     from libfp.gen.histogram import microseconds
 
     made = Table(box=None, pad_edge=True)
-    for title in ("frame", "packets a second", "Mbit/s", "loss %", "p50", "p99", "max", "trials", ""):
+    for title in ("frame", "packets a second", "Mbit/s", "loss %", "p50", "p99", "max", "trials"):
         made.add_column(title, justify="right", no_wrap=True)
     for one in found:
         if one.best is None:
-            made.add_row(one.size, "none", "", "", "", "", "", f"{one.trials}", "")
+            made.add_row(one.size, "none", "", "", "", "", "", f"{one.trials}")
             continue
         report = one.best.report
         times = [report.latency.percentile(50), report.latency.percentile(99), report.latency.maximum]
-        row = [one.size, f"{report.pps:,.0f}", f"{report.bps / 1e6:,.1f}", f"{100 * report.loss:.4g}"]
-        why = "*" if one.by_generator else ""
-        made.add_row(*row, *map(microseconds, times), f"{one.trials}", why)
+        row = [f"{one.size}{'*' * one.by_generator}", f"{report.pps:,.0f}", f"{report.bps / 1e6:,.1f}"]
+        made.add_row(*row, f"{100 * report.loss:.4g}", *map(microseconds, times), f"{one.trials}")
     parts: list[RenderableType] = [made] if found else []
     if any(one.by_generator for one in found):
         parts.append(Text(" * as fast as it could be offered: the device may be faster"))

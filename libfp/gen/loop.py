@@ -51,6 +51,7 @@ from libfp.jit import (
     load_acquire64,
     native,
     pause,
+    prefetch,
     store64,
     store_release64,
     unlikely,
@@ -64,6 +65,7 @@ from libfp.ports.rings import FD, FreeFrames, PortRings
 
 BATCH = 32  # packets that leave together, at most
 RECEIVE = 64
+AHEAD = 8  # packets
 
 #: Words of the tester, a line each for those of the control plane, those of the loop, and what does not change.
 STOP = 0
@@ -141,6 +143,7 @@ def transmit(ports, tester, sender, now):  # type: ignore[no-untyped-def]
         store64(sender + BEGAN, time)
     while sent < room:
         at = entries + ENTRY * cursor
+        prefetch(load64(at + ENTRY * AHEAD))  # behind the last entry there are frames: then it asks for nothing useful
         length = load32(at + LENGTH)
         cost = per_packet + per_byte * (length + FCS)
         if credit < cost:
