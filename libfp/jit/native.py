@@ -247,7 +247,7 @@ class _Compiled:
         scope = {"function": function}
         exec(f"def resolve{_parameters(function)}: return function", scope)
         # What takes a literal is compiled with it at once: numba would first try without, and again at each call.
-        literal = str in inspect.get_annotations(annotated, eval_str=True).values()
+        literal = bool({str, "str"} & set(annotated.__annotations__.values()))
         made = overload_method(self.kind, name, jit_options=_COMPILE | options(annotated), prefer_literal=literal)
         made(scope["resolve"])
         if name in _OPERATORS:

@@ -108,5 +108,5 @@ def test_an_unknown_bench_is_one_line_and_status_2() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    names = "acl, churn, flow, forward, hash, idle, lpm4, lpm6, ring, start, sync, veth"
+    names = "acl, churn, esp, firewall, flow, forward, hash, idle, lpm4, lpm6, ring, start, sync, veth"
     assert done.stderr == f"bench: no bench 'nonsense'; there are: {names}\n"
