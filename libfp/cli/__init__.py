@@ -24,6 +24,7 @@ COMMANDS = {
     "capture": ("libfp.cli.capture:capture", "Write packets of a running instance to a pcapng file."),
     "demo": ("libfp.cli.demo:demo", "Run a client, a router and a server in namespaces, with real traffic."),
     "firewall": ("libfp.apps.firewall.cli:firewall", "Route, and filter by the kernel's own nftables rules."),
+    "gen": ("libfp.cli.gen:gen", "Send packets, and tell what came of them: loss, order, time; RFC 2544."),
     "ipsec": ("libfp.apps.ipsec.cli:ipsec", "Route between interfaces, through ESP tunnels where policies say so."),
     "router": ("libfp.apps.router.cli:router", "Route IPv4 and IPv6 between interfaces, with Linux's own routes."),
     "stats": ("libfp.cli.stats:stats", "Show the counters of a running instance."),

@@ -32,7 +32,7 @@ from libfp.errors import CacheNotPrivate
 from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables", "linux")
+_HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables", "linux", "gen")
 _KEEP_SECONDS = 30 * 24 * 3600
 _generating = threading.RLock()
 

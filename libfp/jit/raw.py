@@ -294,6 +294,12 @@ def ctz64(value: int) -> int:
     return 64 if value & MASK64 == 0 else (value & -value).bit_length() - 1
 
 
+@primitive(lambda context, builder, value: builder.ctlz(value, ir.Constant(ir.IntType(1), 0)))
+def clz64(value: int) -> int:
+    """How many zero bits are above the highest set bit; 64 if there is none."""
+    return 64 - (value & MASK64).bit_length()
+
+
 @primitive(lambda context, builder, value: builder.and_(value, builder.sub(value, ir.Constant(I64, 1))))
 def without_lowest64(value: int) -> int:
     """`value` with its lowest set bit cleared."""

@@ -43,7 +43,13 @@ def ipv4_checksum_ok(at: int) -> bool:
 def is_ipv4_sum(low: int, high: int, last: int) -> bool:
     """`ipv4_checksum_ok` of a header that has been loaded: 8, 8 and 4 bytes. Any byte order sums alike."""
     total = (low & 0xFFFFFFFF) + shr64(low, 32) + (high & 0xFFFFFFFF) + shr64(high, 32) + last
-    # The one's complement sum is 0xFFFF if 65535 divides the total: if total / 65535 modulo 2**64 is a small number.
+    return is_zero_sum(total)
+
+
+@kernel
+def is_zero_sum(total: int) -> bool:
+    """Whether a sum of 16- or 32-bit words is zero, folded to 16 bits by one's complement."""
+    # It is 0 or 0xFFFF if 65535 divides the total: if total / 65535 modulo 2**64 is a small number.
     return ult64(mul64(total, _INVERSE), _QUOTIENTS) != 0
 
 

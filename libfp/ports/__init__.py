@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from libfp.ports.pcap import Capture as Capture
     from libfp.ports.pcap import Frame as Frame
     from libfp.ports.pcap import PcapWriter as PcapWriter
+    from libfp.ports.pcap_port import PcapPort as PcapPort
     from libfp.ports.pcapng import PcapngWriter as PcapngWriter
     from libfp.ports.xdp import XdpPort as XdpPort
 
@@ -35,6 +36,7 @@ _HOME = {
     "Frame": "pcap",
     "PcapWriter": "pcap",
     "PcapngWriter": "pcapng",
+    "PcapPort": "pcap_port",
 }
 
 __all__ = [*_HOME]

@@ -20,6 +20,8 @@ from libfp.apps.ipsec.policies import Policies
 from libfp.apps.ipsec.sa import SaTable
 from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa
 from libfp.engine import loop
+from libfp.gen.loop import RingPorts
+from libfp.gen.loop import run as generate
 from libfp.jit import INTERPRETED, call, fetch_add64, kernel, load64, native, store64, word
 from libfp.jit.libc import address_of
 from libfp.jit.primitive import I64, declare, primitive
@@ -275,6 +277,12 @@ def test_memory_of_pythons_is_refused_by_the_compiler() -> None:
 
     with pytest.raises(Exception, match=r"No implementation of function Function.<built-in function empty>"):
         check_loop(Pipeline(allocates))
+
+
+def test_the_generators_loop_locks_nothing_and_calls_but_its_kick() -> None:
+    report = check(*compile_afresh(generate.function, (RingPorts(0), Burst(0), 0)))
+    assert report.findings == ()
+    assert (report.indirect, report.calls) == (1, {"memcpy"})
 
 
 @kernel

@@ -24,6 +24,7 @@ PARTS = {
     "pyxdp": ("jit",),
     "ports": ("jit", "packet", "rings", "pyxdp"),
     "engine": ("jit", "packet", "rings", "tables", "ports"),
+    "gen": ("jit", "packet", "ports"),
     "stages": ("jit", "packet", "rings", "tables", "ports", "engine"),
     "linux": ("jit", "packet", "rings", "tables", "ports", "engine", "stages", "pyxdp"),
 }
@@ -53,7 +54,7 @@ def test_imports_point_one_way(part: str) -> None:
                 assert parts[1] in PARTS[part], f"{path.relative_to(PACKAGE)} imports {module}"
 
 
-@pytest.mark.parametrize("part", ["jit", "packet", "ports", "engine", "stages", "rings", "tables"])
+@pytest.mark.parametrize("part", ["jit", "packet", "ports", "gen", "engine", "stages", "rings", "tables"])
 def test_nothing_that_applications_share_names_one(part: str) -> None:
     assert "router" in APPLICATIONS
     word = re.compile(rf"\b(libfp\.apps|{'|'.join(APPLICATIONS)})\b", re.IGNORECASE)

@@ -39,6 +39,7 @@ UNARY = {
     jit.bswap32: lambda v: struct.unpack("<I", struct.pack(">I", v & 0xFFFFFFFF))[0],
     jit.bswap64: lambda v: struct.unpack("<q", struct.pack(">q", v))[0],
     jit.popcount64: lambda v: bin(pattern(v)).count("1"),
+    jit.clz64: lambda v: 64 - pattern(v).bit_length(),
     jit.ctz64: lambda v: (f"1{pattern(v):064b}"[::-1]).index("1"),
     jit.without_lowest64: lambda v: v & (v - 1),
     jit.u32: lambda v: v % (1 << 32),
