@@ -182,15 +182,13 @@ class SharedMap:
     def __init__(self, fd: int, size: int) -> None:
         room = -(-size // PAGE) * PAGE
         total = room + 2 * PAGE
-        mapping = _libc.mmap(_ffi.NULL, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-        start = int(_ffi.cast("uintptr_t", mapping))
+        start = _mmap(None, total, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
         if start == _MAP_FAILED:
             raise MemoryError(f"cannot map {total} bytes")
         self.size, self.address = size, start + PAGE
         both, how = _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED
-        inner = _libc.mmap(_ffi.cast("void *", self.address), size, both, how, fd, 0)
-        if int(_ffi.cast("uintptr_t", inner)) == _MAP_FAILED:
-            _libc.munmap(mapping, total)
+        if _mmap(self.address, size, both, how, fd, 0) == _MAP_FAILED:
+            _munmap(start, total)
             raise MemoryError(f"cannot map {size} bytes of file descriptor {fd}")
         register(self.address, size)
         self._finalizer = weakref.finalize(self, _release, start, total)
