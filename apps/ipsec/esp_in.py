@@ -37,6 +37,7 @@ from libfp.apps.ipsec.replay import Window
 from libfp.engine.decorator import stage
 from libfp.jit import (
     bswap64,
+    inline,
     kernel,
     load8,
     load16be,
@@ -82,7 +83,7 @@ def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
     itself, and what it has written is read when it has left the store buffer. Packet k of them, as passes know it:
 
         PICKED + 4 * k     its number in the burst; `unwrap` adds what `admit` needs
-        KEY + 4 * k        where its SA's record lies among the records
+        KEY + 4 * k        where its SA's record lies among the records, in lines
         FOUND + 4 * k      where ESP begins in the frame << 16 | its size; after `unwrap`, the policies' answer
         WIDE + 16 * k      the nonce; after `unwrap`, the addresses that the policies are asked for
     """
@@ -94,19 +95,20 @@ def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
             record = receive(burst, i, n, esp, record, sas)
             n += record != 0
     for k in range(n):
-        verify(burst, k, sas.records + load32(at + KEY + 4 * k), sas)
+        verify(burst, k, record_of(burst, k, sas), sas.functions)
     four = 0
     for k in range(n):
         if burst.is_live(load32(at + PICKED + 4 * k)):
-            four += unwrap(burst, k, sas.records + load32(at + KEY + 4 * k))
+            four += unwrap(burst, k, record_of(burst, k, sas))
     if four != 0:
         policies.inbound4(at + WIDE, at + FOUND, n)
     for k in range(n):
         if burst.is_live(load32(at + PICKED + 4 * k) & 63):
-            admit(burst, k, sas.records + load32(at + KEY + 4 * k), policies)
+            admit(burst, k, record_of(burst, k, sas), policies)
 
 
 @kernel
+@inline
 def esp_of(packet: Packet, sas: SasView, ip: int) -> int:
     """Where the ESP header is of a packet to one of the local ends of tunnels; 0 if it is none. A fragment, too."""
     if packet.is_ipv4:
@@ -132,6 +134,7 @@ def is_fragment(ip: int) -> bool:
 
 
 @kernel
+@inline
 def receive(burst: Burst, i: int, k: int, at: int, record: int, sas: SasView) -> int:
     """Packet `i`, with its ESP header at `at`, becomes number `k` of those to decrypt, and its SA's record is returned;
     or it gets a verdict, and 0 is. `record` is the SA of an ESP packet before it, or 0."""
@@ -159,10 +162,16 @@ def receive(burst: Burst, i: int, k: int, at: int, record: int, sas: SasView) ->
             store32(nonce, load32(found + libcrypto.NONCE))
             store64(nonce + libcrypto.SALT_SIZE, load64(at + ESP_HEADER))
             store32(burst.at + PICKED + 4 * k, i)
-            store32(burst.at + KEY + 4 * k, found - sas.records)
+            store32(burst.at + KEY + 4 * k, found - sas.records >> 6)
             store32(burst.at + FOUND + 4 * k, at - burst.data(i) << 16 | end - at)
             return found
     return 0
+
+
+@kernel
+def record_of(burst: Burst, k: int, sas: SasView) -> int:
+    """The record of the SA of number `k` of those to decrypt."""
+    return sas.records + (load32(burst.at + KEY + 4 * k) << 6)
 
 
 @kernel
@@ -182,7 +191,7 @@ def is_local_end(record: int, ip: int) -> bool:
 
 
 @kernel
-def verify(burst: Burst, k: int, record: int, sas: SasView) -> None:
+def verify(burst: Burst, k: int, record: int, functions: int) -> None:
     """Decrypt what the SA's window may take."""
     i, where = load32(burst.at + PICKED + 4 * k), load32(burst.at + FOUND + 4 * k)
     at = burst.data(i) + (where >> 16)
@@ -194,7 +203,7 @@ def verify(burst: Burst, k: int, record: int, sas: SasView) -> None:
         return
     nonce, aad = burst.at + WIDE + 16 * k, associate(record, at, sequence, extended)
     data, tag = at + ESP_HEADER + IV_SIZE, at + (where & 0xFFFF) - ICV_SIZE
-    if not libcrypto.decrypt(sas.functions, record, nonce, record + libcrypto.AAD, aad, data, tag - data, tag):
+    if not libcrypto.decrypt(functions, record, nonce, record + libcrypto.AAD, aad, data, tag - data, tag):
         count(record, BAD_ICV, 1)
         burst.drop(i, "esp-bad-icv")
         return
@@ -218,6 +227,8 @@ def is_padded(data: int, size: int) -> bool:
     padding = load8(data + size - 2)
     if padding > size - 2:
         return False
+    if padding <= 4:  # all at once; the IV lies before the data
+        return load32(data + size - 6) >> 32 - 8 * padding == 0x04030201 & (1 << 8 * padding) - 1
     at, wrong = data + size - 2 - padding, 0
     for k in range(padding):
         wrong |= load8(at + k) ^ (k + 1)
@@ -268,6 +279,7 @@ def unwrap(burst: Burst, k: int, record: int) -> int:
 
 
 @kernel
+@inline
 def admit(burst: Burst, k: int, record: int, policies: PoliciesView) -> None:
     """Ask whether the policies have an unwrapped packet come by its tunnel; its ECN."""
     word = load32(burst.at + PICKED + 4 * k)

@@ -81,8 +81,8 @@ class PoliciesView:
         return self.inbound6(ip + 8) if is_ipv6(ip) else answer(self.in4, 2, ip + 12)
 
     def inbound4(self, pairs: int, answers: int, count: int) -> None:
-        """The answers, by the policies mirrored, for `count` pairs of IPv4 addresses at `pairs`, each source, destination
-        and eight bytes of 0, go to `answers` (u32). Both have room for 64."""
+        """The answers, by the policies mirrored, for `count` pairs of IPv4 addresses at `pairs`, each source,
+        destination and eight bytes of 0, go to `answers` (u32). Both have room for 64."""
         if count >= MANY and not BOUNDSCHECK:  # vectors are not checked
             lookup64(load64(self.in4), 2, pairs, answers)
         else:
