@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from libfp.apps.ipsec import libcrypto
 from libfp.apps.ipsec.ecn import combine, traffic_class
+from libfp.apps.ipsec.esp_read import end_of, esp_of, has_good_header, is_another, is_fragment, is_local_end
 from libfp.apps.ipsec.policies import PROTECT, PoliciesView, is_ipv6
 from libfp.apps.ipsec.record import (
     BAD_ICV,
     BAD_PADDING,
     BYTES,
     ESN,
-    ESP,
     ESP_HEADER,
     FLAGS,
     ICV_SIZE,
     IV_SIZE,
     LEAST,
-    LOCAL,
     MALFORMED,
     PACKETS,
     REPLAYED,
@@ -29,8 +28,6 @@ from libfp.apps.ipsec.record import (
     WINDOW,
     SasView,
     count,
-    is_to_local4,
-    is_to_local6,
     owner_of,
 )
 from libfp.apps.ipsec.replay import Window
@@ -53,8 +50,7 @@ from libfp.jit import (
     unlikely,
 )
 from libfp.packet.burst import FOUND, KEY, KIND, KIND_IPV4, KIND_KEPT, PICKED, WIDE, Burst, Packet
-from libfp.packet.checksum import checksum, ipv4_checksum_ok
-from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, IPV6_SIZE
+from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from libfp.stages.parsing import parse_again
 
 _IPV4, _IPV6, _NOTHING = 4, 41, 59  # next headers: RFC 4303 section 2.6
@@ -90,7 +86,12 @@ def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
     at, record, n = burst.at, 0, 0
     for i in range(burst.count):
         packet = burst.packet(i)
-        esp = esp_of(packet, sas, packet.l3)
+        ip = packet.l3
+        if record != 0 and is_another(packet, ip, record):
+            take(burst, i, n, ip + 20, ip + load16be(ip + 2), record, sas)
+            n += 1
+            continue
+        esp = esp_of(packet, sas, ip)
         if unlikely(esp != 0):
             record = receive(burst, i, n, esp, record, sas)
             n += record != 0
@@ -105,32 +106,6 @@ def decrypt(burst: Burst, sas: SasView, policies: PoliciesView) -> None:
     for k in range(n):
         if burst.is_live(load32(at + PICKED + 4 * k) & 63):
             admit(burst, k, record_of(burst, k, sas), policies)
-
-
-@kernel
-@inline
-def esp_of(packet: Packet, sas: SasView, ip: int) -> int:
-    """Where the ESP header is of a packet to one of the local ends of tunnels; 0 if it is none. A fragment, too."""
-    if packet.is_ipv4:
-        return ip + ((load8(ip) & 15) << 2) if load8(ip + 9) == ESP and is_to_local4(sas, ip) else 0
-    if packet.is_ipv6:
-        following = load8(ip + 6)
-        if following == FRAGMENT and load16be(ip + 4) >= 8:
-            following = load8(ip + IPV6_SIZE)
-        return ip + IPV6_SIZE if following == ESP and is_to_local6(sas, ip) else 0
-    return 0
-
-
-@kernel
-def end_of(ip: int) -> int:
-    """The end of the sound IP packet at `ip`."""
-    return ip + (IPV6_SIZE + load16be(ip + 4) if load8(ip) >> 4 == 6 else load16be(ip + 2))
-
-
-@kernel
-def is_fragment(ip: int) -> bool:
-    """Whether the IP packet at `ip` is one of several."""
-    return load8(ip + 6) == FRAGMENT if load8(ip) >> 4 == 6 else load16be(ip + 6) & 0x3FFF != 0
 
 
 @kernel
@@ -156,38 +131,29 @@ def receive(burst: Burst, i: int, k: int, at: int, record: int, sas: SasView) ->
         elif owner_of(found, burst) != burst.worker:
             burst.drop(i, "esp-owner")  # `to_sa` has not been asked
         else:
-            prefetch_write(at + 64)
-            prefetch(end - 1)
-            nonce = burst.at + WIDE + 16 * k
-            store32(nonce, load32(found + libcrypto.NONCE))
-            store64(nonce + libcrypto.SALT_SIZE, load64(at + ESP_HEADER))
-            store32(burst.at + PICKED + 4 * k, i)
-            store32(burst.at + KEY + 4 * k, found - sas.records >> 6)
-            store32(burst.at + FOUND + 4 * k, at - burst.data(i) << 16 | end - at)
+            take(burst, i, k, at, end, found, sas)
             return found
     return 0
+
+
+@kernel
+@inline
+def take(burst: Burst, i: int, k: int, at: int, end: int, record: int, sas: SasView) -> None:
+    """Packet `i` becomes number `k` of those to decrypt."""
+    prefetch_write(at + 64)
+    prefetch(end - 1)
+    nonce = burst.at + WIDE + 16 * k
+    store32(nonce, load32(record + libcrypto.NONCE))
+    store64(nonce + libcrypto.SALT_SIZE, load64(at + ESP_HEADER))
+    store32(burst.at + PICKED + 4 * k, i)
+    store32(burst.at + KEY + 4 * k, record - sas.records >> 6)
+    store32(burst.at + FOUND + 4 * k, at - burst.data(i) << 16 | end - at)
 
 
 @kernel
 def record_of(burst: Burst, k: int, sas: SasView) -> int:
     """The record of the SA of number `k` of those to decrypt."""
     return sas.records + (load32(burst.at + KEY + 4 * k) << 6)
-
-
-@kernel
-def has_good_header(ip: int, size: int) -> bool:
-    """Whether the checksum of the header of that size is right; IPv6 has none."""
-    if load8(ip) == 0x45:
-        return ipv4_checksum_ok(ip)
-    return load8(ip) >> 4 == 6 or checksum(ip, size) == 0
-
-
-@kernel
-def is_local_end(record: int, ip: int) -> bool:
-    """Whether the packet at `ip` goes to the SA's local address."""
-    if load8(ip) >> 4 == 4:
-        return load32(ip + 16) == load64(record + LOCAL) and load64(record + LOCAL + 8) == 0
-    return load64(ip + 24) == load64(record + LOCAL) and load64(ip + 32) == load64(record + LOCAL + 8)
 
 
 @kernel
