@@ -31,6 +31,8 @@ from libfp.ports.memory import MemoryPort
 from libfp.stages import Forward, Punt, Routes, forward, parse
 from libfp.testing.packets import ethernet, icmp_echo, ipv4, ipv6, udp
 
+pytestmark = pytest.mark.timeout(240)  # the first one compiles
+
 LAN, WAN = 0, 1  # ports
 OWN, PEER = {4: "198.51.100.1", 6: "2001:db8:ff::1"}, {4: "203.0.113.9", 6: "2001:db8:fe::9"}
 PORTS = {4: ("10.0.0.1", OWN[4]), 6: ("2001:db8:10::1", OWN[6])}
