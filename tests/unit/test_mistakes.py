@@ -12,7 +12,6 @@ from libfp.jit import INTERPRETED, kernel
 from libfp.tables import Hash
 from libfp.testing import udp
 
-
 pytestmark = pytest.mark.timeout(180)  # what is right is compiled first
 
 
