@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from libfp.apps.ipsec import libcrypto
 from libfp.apps.ipsec.ecn import traffic_class
-from libfp.apps.ipsec.esp_in import associate, end_of
+from libfp.apps.ipsec.esp_in import associate
+from libfp.apps.ipsec.esp_read import end_of
 from libfp.apps.ipsec.record import (
     BYTES,
     ESN,

@@ -6,7 +6,7 @@ takes. The ICMP errors meet the policies in turn; those about packets from a tun
 
 from __future__ import annotations
 
-from libfp.apps.ipsec.esp_in import end_of
+from libfp.apps.ipsec.esp_read import end_of
 from libfp.apps.ipsec.policies import BYPASS, DISCARD, PROTECT, PoliciesView
 from libfp.apps.ipsec.record import ESP_HEADER, HEADER, ICV_SIZE, IV_SIZE, OUTER, TICKET, SasView
 from libfp.engine.decorator import stage

@@ -129,9 +129,10 @@ def encrypt(functions: int, block: int, aad: int, aad_size: int, data: int, size
 
 
 @kernel
-def decrypt(functions: int, block: int, aad: int, aad_size: int, data: int, size: int, tag: int) -> bool:
-    """Decrypt `size` bytes at `data` in place; whether the 16 bytes at `tag` vouch for them, or they are garbage."""
-    context, nonce, scratch = load64(block), block + NONCE, block + _SCRATCH
+def decrypt(functions: int, block: int, nonce: int, aad: int, aad_size: int, data: int, size: int, tag: int) -> bool:
+    """Decrypt `size` bytes at `data` in place under the 12 bytes at `nonce`, whose salt is the block's; whether the 16
+    bytes at `tag` vouch for them, or they are garbage."""
+    context, scratch = load64(block), block + _SCRATCH
     store64(block + _TAG_AT, tag)
     good = _is_one(call(load64(functions + _DECRYPT_INIT), context, 0, 0, nonce, block + _PARAMS, 0))
     update = load64(functions + _DECRYPT_UPDATE)

@@ -31,6 +31,8 @@ from libfp.ports.memory import MemoryPort
 from libfp.stages import Forward, Punt, Routes, forward, parse
 from libfp.testing.packets import ethernet, icmp_echo, ipv4, ipv6, udp
 
+pytestmark = pytest.mark.timeout(240)  # the first one compiles
+
 LAN, WAN = 0, 1  # ports
 OWN, PEER = {4: "198.51.100.1", 6: "2001:db8:ff::1"}, {4: "203.0.113.9", 6: "2001:db8:fe::9"}
 PORTS = {4: ("10.0.0.1", OWN[4]), 6: ("2001:db8:10::1", OWN[6])}
@@ -236,6 +238,32 @@ def test_counters_of_an_sa(gateway: Gateway, tunnel: Tunnel) -> None:
 
 
 # A peer that lies, or somebody in between.
+
+
+@one_of_each
+def test_replays_and_forgeries_within_a_burst(gateway: Gateway, tunnel: Tunnel) -> None:
+    """Of packets of one number the first genuine one counts, wherever it comes in the burst; order is kept."""
+    inner = [tunnel.plain(size, inbound=True)[14:] for size in (20, 21, 22)]
+    first, again, later = tunnel.seal(900, inner[0]), tunnel.seal(900, inner[1]), tunnel.seal(901, inner[2])
+    far = tunnel.seal(5000, inner[0])
+    forged, forged_far = (one[:-1] + bytes([one[-1] ^ 1]) for one in (first, far))
+    for many in (1, 5):  # whose policies are asked for one by one, and all at once
+        gateway.top(tunnel, 850)
+        before, good = tunnel.back.counters, [tunnel.seal(851 + k, inner[0]) for k in range(3 * many)]
+        outcomes = gateway.run(*good, first, forged, again, forged_far, first, later, first, later, port=WAN)
+        assert outcomes[: 3 * many] == ["forward"] * (3 * many)
+        assert outcomes[3 * many :] == [
+            "forward", "drop esp-replayed", "drop esp-replayed", "drop esp-bad-icv", "drop esp-replayed", "forward",
+            "drop esp-replayed", "drop esp-replayed",
+        ]  # fmt: skip
+        assert [len(one.frame) for one in outcomes if one == "forward"][-2:] == [14 + len(inner[k]) for k in (0, 2)]
+        assert tunnel.back.sequence == 901
+        more = {name: tunnel.back.counters[name] - count for name, count in before.items()}
+        assert (more["packets"], more["replayed"], more["bad_icv"]) == (3 * many + 2, 5, 1)
+    gateway.top(tunnel, 899)
+    assert gateway.run(forged, again, forged, first, port=WAN) == [
+        "drop esp-bad-icv", "forward", "drop esp-replayed", "drop esp-replayed"
+    ]  # fmt: skip
 
 
 @one_of_each

@@ -31,7 +31,7 @@ def seal(functions, block, aad, aad_size, data, size):  # type: ignore[no-untype
 
 @kernel
 def unseal(functions, block, aad, aad_size, data, size):  # type: ignore[no-untyped-def]
-    return libcrypto.decrypt(functions, block, aad, aad_size, data, size, data + size)
+    return libcrypto.decrypt(functions, block, block + libcrypto.NONCE, aad, aad_size, data, size, data + size)
 
 
 @kernel
@@ -155,11 +155,14 @@ blocks = [at, at + 1024]
 ciphers = [libcrypto.Cipher(bytes(20), block, decrypting=bool(i)) for i, block in enumerate(blocks)]
 made = count[0]
 for packet in range(50):
-    for work, block in ((libcrypto.encrypt, blocks[0]), (libcrypto.decrypt, blocks[1])):
+    for block in blocks:
         arena.buffer[block - at + 20 : block - at + 28] = packet.to_bytes(8)
-        assert work(functions, block, at + 2048, 12, at + 4096, 1420, at + 4096 + 1420)
+    rest = at + 2048, 12, at + 4096, 1420, at + 4096 + 1420
+    nonce = blocks[1] + libcrypto.NONCE
+    assert libcrypto.encrypt(functions, blocks[0], *rest)
+    assert libcrypto.decrypt(functions, blocks[1], nonce, *rest)
     arena.buffer[4096] ^= 1
-    assert not libcrypto.decrypt(functions, blocks[1], at + 2048, 12, at + 4096, 1420, at + 4096 + 1420)
+    assert not libcrypto.decrypt(functions, blocks[1], nonce, *rest)
 print(made, count[0] - made, flush=True)
 os._exit(0)  # OpenSSL frees by our hooks when Python has ended
 """

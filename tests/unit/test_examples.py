@@ -17,6 +17,7 @@ from libfp.errors import BadInput
 from libfp.stages import parse
 from libfp.testing import ethernet, icmp_error, ipv4, tcp, udp
 
+pytestmark = pytest.mark.timeout(180)  # most compile
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

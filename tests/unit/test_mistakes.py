@@ -12,6 +12,8 @@ from libfp.jit import INTERPRETED, kernel
 from libfp.tables import Hash
 from libfp.testing import udp
 
+pytestmark = pytest.mark.timeout(180)  # what is right is compiled first
+
 
 @stage
 def misspelt(packet: Any) -> None:
@@ -70,15 +72,15 @@ def asks(packet: Any, table: Any) -> None:
 
 
 MISTAKES = {
-    misspelt: ("line 18): Packet has no 'is_ipv5'", "did you mean 'is_ipv"),
-    misspelt_field: ("line 24): Ipv4 has no 'srcc'", "did you mean 'src'?"),
+    misspelt: ("line 21): Packet has no 'is_ipv5'", "did you mean 'is_ipv"),
+    misspelt_field: ("line 27): Ipv4 has no 'srcc'", "did you mean 'src'?"),
     unknown: ("name 'nowhere' is not defined", "define it before the stage, or give it to the stage as an argument"),
-    reason_of_two: ("line 35): packet.drop(a string that only the running stage knows)", 'as in packet.drop("denied")'),
-    number: ("line 40): packet.drop(3): the reason must be written out", 'as in packet.drop("denied")'),
-    listing: ("line 45): it makes a list", "a table bound to the stage has room"),
-    calls: ("line 56): it calls 'plain', which is not compiled", "decorate that with @kernel of libfp.jit"),
-    texts: ("line 62): str(an integer) cannot be compiled", "the tutorial's `What a stage may do`"),
-    asks: ("line 68): HashView.get(1, 2, 3, 4) is no call of it", "it takes (key, default)"),
+    reason_of_two: ("line 38): packet.drop(a string that only the running stage knows)", 'as in packet.drop("denied")'),
+    number: ("line 43): packet.drop(3): the reason must be written out", 'as in packet.drop("denied")'),
+    listing: ("line 48): it makes a list", "a table bound to the stage has room"),
+    calls: ("line 59): it calls 'plain', which is not compiled", "decorate that with @kernel of libfp.jit"),
+    texts: ("line 65): str(an integer) cannot be compiled", "the tutorial's `What a stage may do`"),
+    asks: ("line 71): HashView.get(1, 2, 3, 4) is no call of it", "it takes (key, default)"),
 }
 
 
