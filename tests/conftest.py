@@ -19,13 +19,13 @@ settings.load_profile("libfp")
 # then has them for itself, since it counts what a busy core would lose or delay. A path, or the name of a test.
 TOGETHER = (
     "unit", "model", "proofs/test_machine_code.py", "stress/test_replicas.py", "stress/test_rings.py",
-    "stress/test_shared_ring.py", "netns/test_ethtool.py", "netns/test_example_gateway.py", "netns/test_examples.py",
-    "netns/test_firewall_nft.py", "netns/test_guard.py", "netns/test_ipsec_policies.py", "netns/test_ipsec_readme.py",
-    "netns/test_linux.py", "netns/test_mirror.py", "netns/test_mirror_ipv6.py", "netns/test_mirror_oracle.py",
-    "netns/test_probe.py", "netns/test_punt.py", "netns/test_pyxdp.py", "netns/test_readme.py",
-    "netns/test_router_errors.py", "netns/test_router_multipath.py", "netns/test_router_punts.py",
-    "netns/test_router_service.py", "netns/test_router_verify.py", "netns/test_router_watch.py", "netns/test_steer.py",
-    "netns/test_steer_program.py",
+    "stress/test_shared_ring.py", "proofs/test_memif.py", "netns/test_ethtool.py", "netns/test_example_gateway.py",
+    "netns/test_examples.py", "netns/test_firewall_nft.py", "netns/test_guard.py", "netns/test_ipsec_policies.py",
+    "netns/test_ipsec_readme.py", "netns/test_linux.py", "netns/test_mirror.py", "netns/test_mirror_ipv6.py",
+    "netns/test_mirror_oracle.py", "netns/test_probe.py", "netns/test_punt.py", "netns/test_pyxdp.py",
+    "netns/test_readme.py", "netns/test_router_errors.py", "netns/test_router_multipath.py",
+    "netns/test_router_punts.py", "netns/test_router_service.py", "netns/test_router_verify.py",
+    "netns/test_router_watch.py", "netns/test_steer.py", "netns/test_steer_program.py",
     # what these compile, others find compiled
     "netns/test_demo.py::test_demo_without_its_capabilities_runs_over_memory_ports_and_says_why",
     "netns/test_firewall_run.py::test_hits_of_each_rule",

@@ -233,8 +233,8 @@ def test_packets_of_others_and_of_a_former_test_are_not_taken_for_ours() -> None
         cut, tcp = data[:-1], data.copy()
         tcp[23] = 6
         strangers = [udp(b"x" * 18, dport=ECHO), udp(b"", dport=ECHO), bytes(14), bytes(60), bytes(cut), bytes(tcp)]
-        generator.start(packets=0)
         port.inject([*strangers, bytes(data)])
+        generator.start(packets=0)
         report = generator.finish()
         assert (report.foreign, report.stale, report.packets) == (6, 1, 7)
 

@@ -231,7 +231,8 @@ def test_command_line(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*command, write(changed(("esn = false", "esn = 0")))]) == 2
         assert re.fullmatch(r"fp: \S+ipsec\.toml, line 23: esn is neither [^\n]+\n", capsys.readouterr().err)
     assert main(["ipsec", "--config", write(changed(("interfaces", "faces")))]) == 2
-    assert re.search(r"line 1: there is no 'faces'; there are bypass, .*policy, sa, state", capsys.readouterr().err)
+    wrong = r"line 1: there is no 'faces'; there are bypass, .*policy, profile, sa, state"
+    assert re.search(wrong, capsys.readouterr().err)
     assert main(["ipsec", "--config", write(f'"{KEYS[0]}" = 1\n{GOOD}')]) == 2
     assert "line 1: there is no such key; there are bypass" in (said := capsys.readouterr().err)
     assert KEYS[0][:8] not in said
