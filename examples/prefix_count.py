@@ -5,6 +5,7 @@ Each packet counts for the longest prefix that holds its destination. Ctrl-C end
 """
 
 import sys
+from contextlib import suppress
 
 import click
 from rich.live import Live
@@ -90,8 +91,9 @@ def main(file, interfaces):
     with Linux(*interfaces) as linux:
         pipeline = Pipeline(parse, count(prefixes, prefixes6, counters), forward(linux))
         with pipeline.start(linux.ports) as app, Live(busiest()) as screen:
-            while app.wait(1):
-                screen.update(busiest())
+            with suppress(KeyboardInterrupt):  # Ctrl-C while it draws
+                while app.wait(1):
+                    screen.update(busiest())
             screen.update(busiest())
 
 
