@@ -42,6 +42,7 @@ WARM_UP, MEASURE = 0.15, 0.5  # seconds: a round is one of each
 FASTER = 1.3  # times as fast as the fastest device a generator has to be
 FLOWS = 1 << 18  # destinations in the full table
 TRIAL, RESOLUTION = 0.25, 0.04  # of the search for the highest rate without loss
+PERCENTILES = (50, 99)
 HUGE_PAGES = 128
 INSTALL = "apt-get install -y dpdk"
 _numbers = itertools.count()
@@ -285,7 +286,7 @@ class Race:
 
     def latencies(self) -> Iterator[Case]:
         """p50 and p99 of macswap at half of the highest rate without loss: of the slower side, for both."""
-        for percent in (50, 99):
+        for percent in PERCENTILES:
             yield self._latency(percent)
 
     def _latency(self, percent: int) -> Case:
@@ -349,9 +350,8 @@ def steal() -> list[int]:
 
 def without_l3fwd() -> str:
     """Why DPDK's l3fwd is no side."""
-    if shutil.which("dpdk-l3fwd"):
-        return "not l3fwd: it asks its ports for checksum offloads that net_memif has not, and ends"
-    return "not l3fwd: Debian's dpdk has no such program, and its packages not the source of the examples"
+    there = "" if shutil.which("dpdk-l3fwd") else "Debian packages neither program nor source, and "
+    return f"not l3fwd: {there}it takes no port that does not verify checksums, as net_memif's do not"
 
 
 def cases() -> Iterator[Case]:
