@@ -26,6 +26,7 @@ BENCHES = {
     "idle": "what a quiet router costs, and what the first packet after a silence waits for",
     "lpm4": "IPv4 lookups and the bulk build, beside rte_lpm and rte_fib",
     "lpm6": "IPv6 lookups, beside rte_fib6",
+    "memif": "forwarding over memif, without a kernel: router and swapped MACs beside DPDK's testpmd",
     "ring": "rings between two cores, beside DPDK's rte_ring",
     "scaling": "the forwarding loop with 1 to N workers, beside N processes of one worker",
     "start": "from the command to the first forwarded packet, and to `fp --help`",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import acl_rules, walk
+from bench import acl_rules, memif, walk
 from bench.__main__ import BENCHES
 from bench.harness import Case, Result
 from libfp.errors import MissingCapability, Unsupported
@@ -31,6 +31,7 @@ CASES = {
     "idle": ("cpu", "wake"),
     "lpm4": ("random", "in-prefix", "zipf", "build"),
     "lpm6": ("in-prefix", "zipf"),
+    "memif": (*memif.CASES, *(f"64 latency p{percent}" for percent in memif.PERCENTILES)),
     "ring": tuple(f"{kind} burst {burst}" for kind in ("spsc", "mpmc") for burst in (1, 8, 32, 128)),
     "scaling": ("1 worker", "2 workers"),
     "start": ("help", "warm", "cold"),

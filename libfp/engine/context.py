@@ -78,7 +78,7 @@ class MemifContext:
 
     at: word
 
-    running, count, beat = Context.running, Context.count, Context.beat
+    running, wanted, count, beat = Context.running, Context.wanted, Context.count, Context.beat
     port_count, free, umem = Context.port_count, Context.free, Context.umem
 
     def rings(self, port: int) -> MemifRings:

@@ -30,6 +30,7 @@ from libfp.testing.wait import wait_until
 __all__ = ["Testpmd", "Vdev", "installed"]
 
 PROGRAM = "dpdk-testpmd"
+SMALL_PAGES = ("--no-huge", "-m", "256", "--no-shconf")  # EAL's
 _numbers = itertools.count(1)
 
 
@@ -67,8 +68,8 @@ def installed() -> bool:
 class Testpmd:
     """A testpmd with the ports `vdevs`, not yet forwarding: a context manager. `mode` is one of its forwarding modes.
 
-    queues: of each port, all served by `core`. options: more of its own. Raises BadInput without the program, Error
-    with what it said if it does not come up.
+    queues: of each port, all served by `core`. options: more of its own. memory: options of EAL's. Raises BadInput
+    without the program, Error with what it said if it does not come up.
     """
 
     __test__ = False  # pytest, it is none of yours
@@ -81,13 +82,14 @@ class Testpmd:
         core: int = 1,
         queues: int = 1,
         options: Iterable[str] = (),
+        memory: Iterable[str] = SMALL_PAGES,
     ) -> None:
         if not installed():
             raise BadInput(f"{PROGRAM} is not installed", "apt-get install dpdk")
         self._prefix, self._said, self._count = f"libfp-{os.getpid()}-{next(_numbers)}", "", len(vdevs)
         cores = min(os.sched_getaffinity(0)), core
         command = [
-            *(PROGRAM, "--no-huge", "-m", "256", "--no-shconf", "--file-prefix", self._prefix, "--no-pci"),
+            *(PROGRAM, *memory, "--file-prefix", self._prefix, "--no-pci"),
             *("--no-telemetry", "--lcores", f"0@{cores[0]},1@{cores[1]}"),
             *(one.argument(number) for number, one in enumerate(vdevs)),
             *("--", "-i", f"--forward-mode={mode}", "--nb-cores=1", "--total-num-mbufs=16384"),

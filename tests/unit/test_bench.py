@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import forward, harness, report, rib
+from bench import device, forward, harness, memif, report, rib
 from bench.__main__ import BENCHES
 from bench.harness import Case
 from libfp.errors import Error
 
 KEYS = {"bench", "case", "ours", "peer", "theirs", "unit", "better", "ratio"}
+FULL = bool(os.environ.get("LIBFP_FULL"))
 ROOT = Path(harness.__file__).parent.parent
 
 
@@ -109,6 +111,33 @@ def test_keys_lie_in_their_prefixes_and_are_no_martians() -> None:
     keys = rib.inside(addresses, lengths, 1000)
     assert set((keys >> 24).tolist()) == {10, 198}
     assert all(key >> 17 == (198 << 24 | 18 << 16) >> 17 for key in keys.tolist() if key >> 24 == 198)
+
+
+def test_where_the_generator_is_too_slow_nothing_is_claimed() -> None:
+    assert memif.verdict(13.1e6, 10e6) == ("the generator alone 13.1 Mpps, 1.31 of the fastest side", True)
+    text, counts = memif.verdict(12.9e6, 10e6)
+    assert not counts
+    assert "THE GENERATOR IS WHAT WAS MEASURED" in text
+
+
+@pytest.mark.timeout(180)  # compiles
+def test_a_device_swaps_addresses_and_hands_across() -> None:
+    packet = bytes(range(196, 256))
+    (done,) = device.PIPELINES["macswap"]().run_once([packet])
+    assert (done.frame, done.port) == (packet[6:12] + packet[:6] + packet[12:], 1)
+
+
+@pytest.mark.skipif(not (FULL and {0, 1} <= os.sched_getaffinity(0)), reason="two cores, and if LIBFP_FULL is set")
+@pytest.mark.timeout(180)
+def test_packets_come_back_from_both_sides_of_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARM_UP", "MEASURE", "TRIAL"):
+        monkeypatch.setattr(memif, name, 0.05)
+    for case in memif.cases():
+        if case.case in ("64 macswap", "64 one route", "64 latency p50"):
+            result = harness.measure(case, 1)
+            assert json.loads(result.line()).keys() == KEYS
+            assert min(result.ours + result.theirs) > 0
+            assert case.about
 
 
 def test_an_unknown_bench_is_one_line_and_status_2() -> None:
