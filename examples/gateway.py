@@ -16,7 +16,6 @@ from libfp.apps.ipsec.gateway import Gateway, Settings
 from libfp.apps.ipsec.stages import decrypt, protect, select, to_sa, to_tunnel
 from libfp.cli import run
 from libfp.cli.options import Command, common
-from libfp.cli.running import run as run_application
 from libfp.stages import by_flow, forward, parse, route
 
 
@@ -74,15 +73,7 @@ class Everything(Gateway):
 def main(context, config, **given):
     settings = Settings(context, config, given)
     settings.require_interfaces()
-    gateway = Everything(settings)
-    run_application(
-        "gateway",
-        settings,
-        gateway.pipeline,
-        opening=gateway.opening,
-        started=gateway.started,
-        reload=gateway.reload,
-    )
+    Everything(settings).run("gateway")
 
 
 if __name__ == "__main__":

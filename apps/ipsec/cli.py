@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from libfp.cli import options, running
+from libfp.apps.ipsec import TABLES
+from libfp.cli import options
 
-TABLES = ("sa", "policy", "default", "state")  # as in config.py, which loads more than a --help should
 NEEDS = "The SAs and policies (and options) as TOML; SIGHUP reads it again."
 
 
@@ -34,15 +34,7 @@ def ipsec(context: click.Context, config: str | None, **given: Any) -> None:
 
     settings = Settings(context, config, given)
     settings.require_interfaces()
-    gateway = Gateway(settings)
-    running.run(
-        "ipsec",
-        settings,
-        gateway.pipeline,
-        opening=gateway.opening,
-        started=gateway.started,
-        reload=gateway.reload,
-    )
+    Gateway(settings).run("ipsec")
 
 
 @click.command()

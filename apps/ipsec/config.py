@@ -34,12 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from libfp.apps.ipsec import TABLES
 from libfp.apps.ipsec.sa import Secret
 from libfp.cli import config as files
 from libfp.errors import BadInput
 
-#: What the file says beside options of the command line.
-TABLES = ("sa", "policy", "default", "state")
 STATE = "/var/lib/libfp/ipsec.json"
 CIPHERS = {"aes-128-gcm": 16, "aes-256-gcm": 32}  # bytes of the key
 SALT = 4  # bytes (RFC 4106, 4)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from libfp.apps.ipsec import config, xfrm
+from libfp.apps.ipsec import TABLES, config, xfrm
 from libfp.apps.ipsec.policies import Policies, Policy
 from libfp.apps.ipsec.sa import Sa, SaTable
 from libfp.cli import journal, running
@@ -37,7 +37,7 @@ class Settings(running.Settings):
     """
 
     #: Tables of the file beside its options: `tables` of `libfp.cli.options.Command`.
-    TABLES = config.TABLES
+    TABLES = TABLES
 
     config: config.Config
 
@@ -59,6 +59,17 @@ class Gateway:
         self._now = settings.config
         self._sas: dict[Any, tuple[config.SaLine, Sa]] = {}
         self._failed, self._began = "", False
+
+    def run(self, command: str) -> None:
+        """From here to its end, as `fp COMMAND`."""
+        running.run(
+            command,
+            self.settings,
+            self.pipeline,
+            opening=self.opening,
+            started=self.started,
+            reload=self.reload,
+        )
 
     def opening(self, undo: ExitStack) -> Mapping[str, Any]:
         """The kernel's policies, then the SAs and ours. Raises BadInput, AlreadyRunning, PolicyConflict,
