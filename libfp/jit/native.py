@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import AttributeTemplate, signature
 from numba.extending import (
     NativeValue,
@@ -120,7 +121,8 @@ def native(cls: C) -> C:
     made._native_fields = tuple((name, getattr(kind, "__qualname__", "")) for name, kind in fields.items())
     _add_constructor(cls, fields)
     if not INTERPRETED:
-        _Compiled(cls, fields).register()
+        with global_compiler_lock:  # another thread that compiles walks through what is registered
+            _Compiled(cls, fields).register()
     _classes[cls.__module__, cls.__qualname__] = cls
     return cls
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from libfp.engine.dissect import dissect
 from libfp.errors import BadInput, TableFull
-from libfp.jit import Arena, bswap32, entry, kernel, load8, load64, native, store64, ult64, word
+from libfp.jit import Arena, entry, kernel, load8, load64, native, store64, ult64, word
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import DROP, FORWARD, KIND_SHIFT, PUNT, reason_code
 from libfp.stages import notes
@@ -128,10 +128,12 @@ def _write_word(block, offset, value):  # type: ignore[no-untyped-def]
     seal(block)
 
 
-@kernel
-def _hash(address: int) -> int:
+def _hash_of(address: int) -> int:
     """Of an address as it lies in a packet, loaded in the machine's order."""
     return (address * HASH & 0xFFFFFFFF) >> HASH_SHIFT
+
+
+_hash = kernel(_hash_of)
 
 
 @kernel
@@ -482,7 +484,9 @@ class Routes:
         """
         hashes = set[int]()
         for address, length in prefixes:
-            hashes.update([_hash(bswap32(address))] if length == 32 else range(_HASHES))
+            hashes.update(
+                [_hash_of(int.from_bytes(address.to_bytes(4, "little"), "big"))] if length == 32 else range(_HASHES)
+            )
         self.next_hops.set_local_hashes(hashes)
 
     def set_complete(self, complete: bool) -> None:

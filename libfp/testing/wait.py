@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(predicate: Callable[[], T], timeout: float = 5.0, what: str = "", interval: float = 0.005) -> T:
+def wait_until(predicate: Callable[[], T], timeout: float = 15.0, what: str = "", interval: float = 0.005) -> T:
     """Call `predicate` until it returns something true, and return that.
 
     `timeout` and `interval` are in seconds; the predicate is always tried at least once, and once more at the end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -254,3 +255,16 @@ def test_a_field_of_another_kind_is_refused() -> None:
         @native
         class Holder:
             name: str
+
+
+@needs_numba
+def test_made_while_another_thread_compiles() -> None:
+    """What numba looks through when it compiles holds still meanwhile (`fp router` once died of it when starting)."""
+    from numba.core.compiler_lock import global_compiler_lock
+
+    made = threading.Thread(target=native, args=(type("Late", (), {"__annotations__": {"at": word}}),))
+    with global_compiler_lock:
+        made.start()
+        made.join(0.05)
+        assert made.is_alive()
+    made.join()
