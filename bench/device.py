@@ -76,7 +76,7 @@ def main() -> None:
     asked: dict[str, Any] = json.loads(sys.argv[1])
     logging.getLogger("libfp").setLevel(logging.ERROR)  # the watchdog sees us stand still
     ports = [
-        MemifPort(name, socket=socket, role="server")
+        MemifPort(name, socket=socket, **asked["port"])
         for name, socket in zip(("left", "right"), asked["sockets"], strict=False)
     ]
     with ExitStack() as undo:

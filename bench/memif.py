@@ -76,8 +76,9 @@ class Device(Protocol):
 class Ours:
     """A process of libfp's, on core `DUT_CORE`: `bench.device`."""
 
-    def __init__(self, stack: ExitStack, kind: str, sockets: Sequence[str]) -> None:
-        asked = {"kind": kind, "sockets": sockets, "core": DUT_CORE, "around": GENERATOR_CORE}
+    def __init__(self, stack: ExitStack, kind: str, sockets: Sequence[str], **port: Any) -> None:
+        port = port or {"role": "server"}
+        asked = {"kind": kind, "sockets": sockets, "port": port, "core": DUT_CORE, "around": GENERATOR_CORE}
         command = [sys.executable, "-c", "from bench.device import main; main()", json.dumps(asked)]
         pipe, here = subprocess.PIPE, Path(__file__).parent.parent
         self._process = subprocess.Popen(

@@ -18,6 +18,10 @@ change afterwards; frames in memory that the receiving peer maps save the second
 keeps from it; moving descriptors from peer to peer does too. A peer can change payload until it is copied out, which
 it could have sent in the first place.
 
+`share` is for peers that trust each other: ports of one name offer the same region of buffers, and payload that comes
+by one of them and leaves by another is not copied at all; each of these peers can read and write what passes between
+all of them, also after it was judged.
+
 Everything of the protocol is in the modules beside this one: `memif_messages` (what is said), `memif_session` (in which
 order), `memif_control` (sockets), `memif_memory` (regions and rings), `memif_rings` (the worker's side), `memif_wire`
 (what is between the two).
@@ -32,11 +36,11 @@ from libfp.errors import BadInput, Error, FrameTooSmall
 from libfp.jit import store64
 from libfp.ports.frames import HEADERS, BlockWords, FrameMemory, OpenPort
 from libfp.ports.memif_control import Dialler, Listener
+from libfp.ports.memif_memory import HEADROOM, MOST_BYTES, Pool, Share, own_bytes
 from libfp.ports.memif_messages import MOST_LOG2, SECRET
 from libfp.ports.memif_rings import (
     FRAME_SHIFT,
     FREE,
-    HEADROOM,
     MEMORY,
     RESTS,
     ROOM,
@@ -61,8 +65,9 @@ class MemifPort:
     role: the server listens and the client connects (again, whenever the server has gone); the client makes the shared
     memory: `ring_size` packets in each ring, a power of 2, of `buffer_size` bytes each, longer ones in several. To a
     server that is the client's affair; a `buffer_size` given all the same must be the client's. secret: both sides the
-    same, 23 bytes at most. queues: as many as workers, on both sides. mode: of the server's socket file.
-    first_index: where a client has the indexes begin (just below 2^16, to see them wrap).
+    same, 23 bytes at most. queues: as many as workers, on both sides. mode: of the server's socket file. share: clients
+    of one name move packets to each other instead of copying them, and the peer of each can read and change those of
+    all. first_index: where a client has the indexes begin (just below 2^16, to see them wrap).
 
     Packets for a peer that is not there are dropped ("tx-full"). `connected` and `error` (what went wrong last) say
     how it stands. Raises BadInput.
@@ -82,6 +87,7 @@ class MemifPort:
         buffer_size: int | None = None,
         queues: int = 1,
         mode: int = 0o600,
+        share: str = "",
         first_index: int = 0,
     ) -> None:
         if role not in ("server", "client"):
@@ -101,7 +107,13 @@ class MemifPort:
             raise BadInput(f"{name}: a secret that cannot be sent", f"{SECRET - 1} bytes at most, none of them 0")
         self.name, self.role, self.ring_size, self.queues, self.mode = name, role, ring_size, queues, mode
         self.socket = "\0" + socket[1:] if socket.startswith("@") else socket
+        if share and role != "client":
+            raise BadInput(f"{name}: a server that shares buffers", "the client makes them: role=client")
         size = buffer_size or (2048 if role == "client" else 0)
+        if (total := own_bytes(queues, ring_size, size)) > MOST_BYTES:
+            what = f"{name}: {queues} queues of {ring_size} buffers of {size} bytes, {total} bytes in all"
+            raise BadInput(what, f"{MOST_BYTES >> 30} GiB at most, all that an offset of 32 bits reaches")
+        self.share = share
         self.wire = Wire(Offer(name, id, given, queues, ring_size.bit_length() - 1, size, first_index))
         self._control: Listener | Dialler | None = None
 
@@ -114,6 +126,7 @@ class MemifPort:
                 raise BadInput(f"{port.name} has {port.queues} queues, too few for {queue + 1} workers", remedy)
             if frames.frame_size < HEADROOM + LEAST:
                 raise FrameTooSmall(f"{port.name}: frames of {frames.frame_size} bytes", "frame_size=2048 or more")
+        share_buffers([port for port in ports if port.wire.share is None])
         for port in ports:
             port._open()
         opened: list[OpenPort] = []
@@ -159,6 +172,21 @@ class MemifPort:
 
     def __repr__(self) -> str:
         return f"MemifPort({self.name!r}, {self.role}, id={self.wire.offer.id})"
+
+
+def share_buffers(ports: Sequence[MemifPort]) -> None:
+    """Make the pools of those ports that are to share their buffers. Raises BadInput."""
+    for name in dict.fromkeys(port.share for port in ports if port.share):
+        group = [port for port in ports if port.share == name]
+        if len(group) == 1:
+            raise BadInput(f"{group[0].name} shares buffers with no other port", f"say share={name} for those too")
+        sizes, names = {port.wire.offer.buffer_size for port in group}, " and ".join(port.name for port in group)
+        if len(sizes) > 1:
+            what = f"{names} share buffers of {min(sizes)} and {max(sizes)} bytes"
+            raise BadInput(what, "give them the same buffer_size")
+        pool = Pool(names, [2 * port.queues * port.ring_size for port in group], sizes.pop())
+        for port, table in zip(group, pool.tables, strict=True):
+            port.wire.share = Share(pool, table)
 
 
 class OpenMemif(OpenPort):

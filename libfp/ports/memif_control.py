@@ -264,7 +264,7 @@ class Dialler(Control):
                     BadInput(f"cannot connect to {shown(self.address)}: {error.strerror}", "name a socket")
                 )
         else:
-            self._connections.append(_Connection(sock, ClientSession(self.wire.offer), self.wire))
+            self._connections.append(_Connection(sock, ClientSession(self.wire.offer, self.wire.share), self.wire))
 
     def leave(self, wire: Wire) -> None:
         """End."""

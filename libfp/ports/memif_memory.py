@@ -15,16 +15,22 @@ writes `head`.
 
 A peer's region must be a memfd sealed against shrinking, or reading it could end this process (SIGBUS); in ordinary
 pages, since huge ones can be taken back in spite of the seal and then run out. What is in it is the peer's word, and
-so is what is in a region of our own, which the peer can write as well: where our buffers are, we know from elsewhere.
+so is what is in a region of our own, which the peer can write as well: where our buffers are, we know from elsewhere,
+from a table for each ring, in memory that nobody else maps.
+
+Buffers of our own may also lie in a region that several ports offer, each to its peer (`Pool`): then a buffer that one
+peer has filled can be put into another one's ring as it is. Each buffer is in one slot of one ring, always, and a move
+swaps two: so none is lost, none is in two places, and a connection that ends leaves nothing to be cleared up.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from libfp.errors import PeerUnsuitable
+from libfp.errors import BadInput, PeerUnsuitable
 from libfp.jit import Arena, load16, load32, store16, store32, store64
 from libfp.jit.memory import PAGE, SharedMap
 from libfp.ports.memif_messages import COOKIE
@@ -32,14 +38,17 @@ from libfp.ports.memif_messages import COOKIE
 FLAGS, HEAD, TAIL, DESCS = 4, 6, 64, 128
 NO_INTERRUPT = 1
 MOST_REGIONS, MOST_BYTES = 64, 1 << 32
+POOL_REGION = 1  # a pool's number, in every connection
+HEADROOM = 256  # bytes that a packet may grow by at its front, in a pool's buffers and in frames
 
 # A link: what a worker knows of its queue of one connection. Two directions of 64 bytes each: where the index is that
 # the peer writes, and ours; what `head` is ahead of `tail` when nothing is under way (see `memif_rings`); descriptors,
-# mask; our own buffers' address (0: the descriptors say where) and size; the first index. Then the table of regions,
-# which is (address, size) for each, and the offsets of our own buffers in region 0.
+# mask; the table of our own buffers (0: the descriptors say where), an offset of 32 bits for each slot, and their size;
+# the first index. Then the table of regions, which is (address, size) for each; and the region where our own buffers
+# are: its address, and its number as a descriptor has it, 0 unless it is a pool.
 LINK_RX, LINK_TX = 0, 64
 THEIRS, OURS, BIAS, RING, MASK, BUFFERS, BUFFER_SIZE, FIRST = range(0, 64, 8)
-REGIONS, REGION_COUNT, RX_OFFSET, TX_OFFSET = range(128, 160, 8)
+REGIONS, REGION_COUNT, BASE, POOL = range(128, 160, 8)
 _TABLE = 192
 
 
@@ -115,52 +124,121 @@ class Link:
             self.flags[part] = start + FLAGS
         store16(self.flags[LINK_RX], NO_INTERRUPT)
 
-    def own_buffers(self, region: Region, rx_offset: int, tx_offset: int) -> None:
-        """Our own buffers, side by side from these offsets in region 0."""
+    def own_buffers(self, memory: OwnMemory, receive: int, send: int) -> None:
+        """The buffers are our own: those of the rings of these numbers."""
         at = self.address
-        store64(at + LINK_RX + BUFFERS, region.address + rx_offset)
-        store64(at + LINK_TX + BUFFERS, region.address + tx_offset)
-        store64(at + RX_OFFSET, rx_offset)
-        store64(at + TX_OFFSET, tx_offset)
+        store64(at + LINK_RX + BUFFERS, memory.tables[receive])
+        store64(at + LINK_TX + BUFFERS, memory.tables[send])
+        store64(at + BASE, memory.buffers.address)
+        store64(at + POOL, memory.number << 16)
 
     def close(self) -> None:
         self._arena.close()
+
+
+class OwnRegion(Region):
+    """A new region, a sealed memfd of `size` bytes: `fd`."""
+
+    def __init__(self, size: int) -> None:
+        self.fd = os.memfd_create("libfp-memif", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+            super().__init__(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def unmap(self) -> None:
+        """Close it and its file."""
+        self.close()
+        os.close(self.fd)
+
+
+class Pool:
+    """The buffers of ports that share them: a region that each offers, to whoever is at its other end.
+
+    `slots` says how many slots the rings of each port have: that many buffers of `size` bytes, with HEADROOM before
+    each, are the port's to begin with. Its table, `tables[k]`, which outlives its connections, is its worker's to
+    change while it has one, else its control thread's to read. Closed when all ports have left.
+    """
+
+    def __init__(self, names: str, slots: Sequence[int], size: int) -> None:
+        stride, count = HEADROOM + size, sum(slots)
+        if stride * count > MOST_BYTES:
+            what = f"{names}: {count} buffers of {size} bytes, with {HEADROOM} before each"
+            raise BadInput(f"{what}, are more than {MOST_BYTES >> 30} GiB", "share fewer, or smaller ones")
+        self.size = size
+        self.region = OwnRegion(stride * count)
+        self._arena = Arena(4 * count)
+        self._users = len(slots)
+        for number in range(count):
+            store32(self._arena.address + 4 * number, stride * number + HEADROOM)
+        self.tables = [self._arena.address + 4 * sum(slots[:k]) for k in range(len(slots))]
+
+    def leave(self) -> None:
+        """A port and its workers use it no more."""
+        self._users -= 1
+        if self._users == 0:
+            self.region.unmap()
+            self._arena.close()
+
+
+class Share(NamedTuple):
+    """A port's part of a pool: its table has the rings' slots, in the order of `OwnMemory.rings`."""
+
+    pool: Pool
+    table: int
+
+
+def own_bytes(queues: int, size: int, buffer_size: int) -> int:
+    """How much memory a client makes that has no pool."""
+    return _ring_bytes(queues, size) + 2 * queues * size * buffer_size
+
+
+def _ring_bytes(queues: int, size: int) -> int:
+    return -(-2 * queues * (DESCS + 16 * size) // PAGE) * PAGE
 
 
 class OwnMemory:
     """A client's memory: `queues` rings of `size` descriptors in either direction, all in region 0, a sealed memfd.
 
     `rings` are in the order in which they are announced: those to the server, then those to the client. Their indexes
-    begin at `first`.
+    begin at `first`. `tables` says for each where the offsets of its buffers are, in the region `buffers` of number
+    `number`: behind the rings, or in the pool of `share`.
     """
 
-    def __init__(self, queues: int, size: int, buffer_size: int, first: int = 0) -> None:
-        ring = DESCS + 16 * size
-        buffers = -(-2 * queues * ring // PAGE) * PAGE
-        total = buffers + 2 * queues * size * buffer_size
-        self.fd = os.memfd_create("libfp-memif", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, total)
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
-            self.region = Region(self.fd, total)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.rings = [Ring(0, number * ring, size) for number in range(2 * queues)]
-        self.offsets = [buffers + number * size * buffer_size for number in range(2 * queues)]
-        for number, (one, offset) in enumerate(zip(self.rings, self.offsets, strict=True)):
+    def __init__(self, queues: int, size: int, buffer_size: int, first: int = 0, share: Share | None = None) -> None:
+        begin, count = _ring_bytes(queues, size), 2 * queues * size
+        self.region = OwnRegion(begin if share else begin + count * buffer_size)
+        self.buffers, self.number = (share.pool.region, POOL_REGION) if share else (self.region, 0)
+        self._arena = None if share else Arena(4 * count)
+        table = share.table if share else self._arena.address  # type: ignore[union-attr]
+        if not share:
+            for number in range(count):
+                store32(table + 4 * number, begin + number * buffer_size)
+        self.rings = [Ring(0, number * (DESCS + 16 * size), size) for number in range(2 * queues)]
+        self.tables = [table + 4 * number * size for number in range(2 * queues)]
+        for number, (one, table) in enumerate(zip(self.rings, self.tables, strict=True)):
             at = self.region.address + one.offset
             store32(at, COOKIE)
             for slot in range(size):
-                store64(at + DESCS + 16 * slot, buffer_size << 32)
-                store64(at + DESCS + 16 * slot + 8, offset + slot * buffer_size)
+                store64(at + DESCS + 16 * slot, buffer_size << 32 | self.number << 16)
+                store64(at + DESCS + 16 * slot + 8, load32(table + 4 * slot))
             store16(at + HEAD, first + (0 if number < queues else size))
             store16(at + TAIL, first)
 
+    @property
+    def offered(self) -> list[OwnRegion]:
+        """The regions, in order."""
+        return [self.region, self.buffers] if self.number else [self.region]
+
     def close(self) -> None:
-        self.region.close()
-        os.close(self.fd)
+        """Give up what is not the pool's."""
+        self.region.unmap()
+        if self._arena is not None:
+            self._arena.close()
 
 
 def check_ring(name: str, regions: list[Region], ring: Ring) -> None:

@@ -37,20 +37,21 @@ from libfp.jit import (
 from libfp.jit.raw import copy64, load8, store8
 from libfp.packet.burst import FRAME, LENGTH, Burst
 from libfp.ports.memif_memory import (
+    BASE,
     BIAS,
     BUFFER_SIZE,
     BUFFERS,
     FIRST,
+    HEADROOM,
     LINK_RX,
     LINK_TX,
     MASK,
     OURS,
+    POOL,
     REGION_COUNT,
     REGIONS,
     RING,
-    RX_OFFSET,
     THEIRS,
-    TX_OFFSET,
 )
 from libfp.ports.rings import (
     CACHED,
@@ -76,12 +77,15 @@ LINK = 128
 SEEN, BROKEN, FREE, MEMORY, ROOM, TX_NEXT, TX_LIMIT, TARGETS = range(320, 384, 8)
 SPLIT, RESTS, FRAME_SHIFT, WATCHED = range(384, 416, 8)
 
-HEADROOM = 256
 STAGE = 256  # packets to be sent, at most, before they are published
 BATCH = 64
 NEXT = 1  # of a descriptor's flags
 AHEAD, FAR = 3, 640  # packets and bytes: what is fetched while the packets before are copied
 WHOLE = 1 << 40  # a SPLIT that no packet reaches
+# What RESTS has for each frame: where the rest of its packet is, its length; and of a pool's buffer, the word of the
+# pool's table that says whose it is (0: no such buffer), and where the pool is.
+REST_LENGTH, REST_SLOT, REST_BASE = range(8, 32, 8)
+REST = 32
 
 
 @kernel
@@ -112,8 +116,7 @@ def place(link, part, slot, first, second):  # type: ignore[no-untyped-def]
     length = shr64(first, 32)
     buffers = load64(link + part + BUFFERS)
     if buffers != 0:
-        size = load64(link + part + BUFFER_SIZE)
-        return buffers + slot * size if length <= size else 0
+        return load64(link + BASE) + load32(buffers + 4 * slot) if length <= load64(link + part + BUFFER_SIZE) else 0
     region = shr64(first, 16) & 0xFFFF
     if region >= load64(link + REGION_COUNT):
         return 0
@@ -160,7 +163,7 @@ class MemifRings:
             return 0
         used = self.look(link, burst, own, min(ready, limit))
         if used != 0:
-            self.fetch(burst)
+            self.fetch(link, burst)
         else:
             used = self.join(link, burst, own, ready)
         store64(at + RX + OWN, (own + used) & 0xFFFF)
@@ -176,6 +179,7 @@ class MemifRings:
     def look(self, link: int, burst: Burst, own: int, most: int) -> int:
         """Where up to `most` packets are, each of one buffer, into FRAME and LENGTH of the burst; how many slots."""
         at, columns, taken = self.at, burst.at, 0
+        slots = load64(at + TARGETS)
         descs, mask, room = load64(link + LINK_RX + RING), load64(link + LINK_RX + MASK), load64(at + ROOM)
         for i in range(most):
             slot = (own + i) & mask
@@ -190,13 +194,15 @@ class MemifRings:
             prefetch(source)
             store64(columns + FRAME + 8 * taken, source)
             store32(columns + LENGTH + 4 * taken, length)
+            store64(slots + 8 * taken, load64(link + LINK_RX + BUFFERS) + 4 * slot)
             taken += 1
         burst.count = taken
         return most
 
-    def fetch(self, burst: Burst) -> None:
+    def fetch(self, link: int, burst: Burst) -> None:
         """Copy what `look` has found into frames."""
         at, columns = self.at, burst.at
+        pool, base, slots = load64(link + POOL), load64(link + BASE), load64(at + TARGETS)
         free, memory = FreeFrames(load64(at + FREE)), load64(at + MEMORY)
         split = load64(at + SPLIT) if load64(load64(at + WATCHED)) == 0 else WHOLE
         count = burst.count
@@ -207,17 +213,19 @@ class MemifRings:
                 prefetch(source + offset)
             source, length = load64(columns + FRAME + 8 * i), load32(columns + LENGTH + 4 * i)
             frame = free.pop()
-            self.rest_of(frame, source + split, length - split)
+            self.rest_of(frame, source + split, length - split, load64(slots + 8 * i) if pool != 0 else 0, base)
             copy_bytes(memory + frame + HEADROOM, source, min(length, split))
             store64(columns + FRAME + 8 * i, frame + HEADROOM)
 
-    def rest_of(self, frame: int, source: int, length: int) -> None:
-        """Note where what is to follow the first SPLIT bytes of a packet lies."""
+    def rest_of(self, frame: int, source: int, length: int, slot: int, base: int) -> None:
+        """Note where what is to follow the first SPLIT bytes of a packet lies, and in which slot's buffer of a pool."""
         at = self.at
         if load64(at + SPLIT) != WHOLE:
-            rest = load64(at + RESTS) + 16 * shr64(frame, load64(at + FRAME_SHIFT))
+            rest = load64(at + RESTS) + REST * shr64(frame, load64(at + FRAME_SHIFT))
             store64(rest, source)
-            store64(rest + 8, length)
+            store64(rest + REST_LENGTH, length)
+            store64(rest + REST_SLOT, slot)
+            store64(rest + REST_BASE, base)
 
     def join(self, link: int, burst: Burst, own: int, ready: int) -> int:
         """One packet of several buffers, into a frame of its own; how many slots it had, 0: it is not all there."""
@@ -241,7 +249,7 @@ class MemifRings:
             for i in range(used):  # DPDK 22.11 never takes NEXT back itself: its next packet here would be a chain
                 store16(descs + 16 * ((own + i) & mask), 0)
         if not more and sound and total > 0:
-            self.rest_of(frame, 0, 0)
+            self.rest_of(frame, 0, 0, 0, 0)
             store64(columns + FRAME, frame + HEADROOM)
             store32(columns + LENGTH, total)
             burst.count = 1
@@ -261,11 +269,12 @@ class MemifRings:
                 load64(link + LINK_RX + MASK),
                 load64(link + LINK_RX + BUFFER_SIZE),
             )
-            offset, released = load64(link + RX_OFFSET), load64(at + RX + PUBLISHED)
+            first, offsets = size << 32 | load64(link + POOL), load64(link + LINK_RX + BUFFERS)
+            released = load64(at + RX + PUBLISHED)
             for i in range((own - released) & 0xFFFF):
                 slot = (released + i) & mask
-                store64(descs + 16 * slot, size << 32)
-                store64(descs + 16 * slot + 8, offset + slot * size)
+                store64(descs + 16 * slot, first)
+                store64(descs + 16 * slot + 8, load32(offsets + 4 * slot))
         store_release16(load64(link + LINK_RX + OURS), own + bias)
         store64(at + RX + PUBLISHED, own)
 
@@ -368,11 +377,11 @@ class MemifRings:
         """The buffers of the next `count` slots, (address, size) each, to TARGETS; how many, up to one that is none."""
         descs, mask = load64(link + LINK_TX + RING), load64(link + LINK_TX + MASK)
         buffers, size = load64(link + LINK_TX + BUFFERS), load64(link + LINK_TX + BUFFER_SIZE)
-        targets = load64(self.at + TARGETS)
+        targets, base = load64(self.at + TARGETS), load64(link + BASE)
         for i in range(count):
             slot = (following + i) & mask
             if buffers != 0:
-                target = buffers + slot * size
+                target = base + load32(buffers + 4 * slot)
             else:
                 first, second = load_acquire64(descs + 16 * slot), load_acquire64(descs + 16 * slot + 8)
                 target, size = place(link, LINK_TX, slot, first, second), shr64(first, 32)
@@ -384,27 +393,55 @@ class MemifRings:
         return count
 
     def put(self, link: int, following: int, done: int, count: int) -> int:
-        """Copy `count` packets, from entry `done` on, to what `aim` has found; how many, up to one that is too long."""
+        """Copy `count` packets, from entry `done` on, to what `aim` has found; how many, up to one that is too long.
+
+        One whose rest is in the pool that the link has, too, is moved: only its headers are copied, to where they were.
+        """
         at = self.at
         stage, targets = load64(at + TX + DESCS) + 16 * done, load64(at + TARGETS)
         rests, shift, split = load64(at + RESTS), load64(at + FRAME_SHIFT), load64(at + SPLIT)
+        moves = load64(link + POOL) != 0
         for i in range(count):
             ahead = min(i + AHEAD, count - 1)
             length = min(load32(stage + 16 * ahead + 8), FAR)
-            if length > 64:
+            if length > 64 and not (moves and length > split):
                 target = load64(targets + 16 * ahead)
                 for offset in range(64, length, 64):
                     prefetch_write(target + offset)
                 if length > split:
-                    source = load64(rests + 16 * shr64(load64(stage + 16 * ahead), shift))
+                    source = load64(rests + REST * shr64(load64(stage + 16 * ahead), shift))
                     for offset in range(0, length - split, 64):
                         prefetch(source + offset)
             length = load32(stage + 16 * i + 8)
-            if unlikely(length > load64(targets + 16 * i + 8)):
-                return i
-            self.copy_out(load64(targets + 16 * i), load64(stage + 16 * i), 0, length)
-            self.describe(link, following + i, length, 0)
+            frame, target = load64(stage + 16 * i), 0
+            if moves and length > split:
+                target = self.move(link, following + i, frame, length)
+            if target == 0:
+                target = load64(targets + 16 * i)
+                if unlikely(length > load64(targets + 16 * i + 8)):
+                    return i
+            self.copy_out(target, frame, 0, length)
+            self.describe(link, following + i, target, length, 0)
         return count
+
+    def move(self, link: int, index: int, frame: int, length: int) -> int:
+        """Have the slot that is to send the packet at `frame` swap buffers with the one where it came in.
+
+        Returns where it begins there; 0: it did not come in by a buffer of the link's pool, or does not fit there.
+        """
+        at, shift = self.at, load64(self.at + FRAME_SHIFT)
+        rest, base = load64(at + RESTS) + REST * shr64(frame, shift), load64(link + BASE)
+        theirs, begin = load64(rest + REST_SLOT), (frame & ((1 << shift) - 1)) - HEADROOM
+        if theirs == 0 or load64(rest + REST_BASE) != base or load64(rest + REST_LENGTH) <= 0:
+            return 0
+        if begin + length > load64(link + LINK_TX + BUFFER_SIZE):
+            return 0
+        ours = load64(link + LINK_TX + BUFFERS) + 4 * (index & load64(link + LINK_TX + MASK))
+        offset = load32(theirs)
+        store32(theirs, load32(ours))
+        store32(ours, offset)
+        store64(rest + REST_SLOT, 0)
+        return base + offset + begin
 
     def put_long(self, link: int, following: int, entry: int, room: int) -> int:
         """Copy one packet to as many buffers as it needs; how many, 0: there are not as many."""
@@ -417,17 +454,17 @@ class MemifRings:
             size = min(length - done, load64(targets + 8))
             self.copy_out(load64(targets), frame, done, size)
             done += size
-            self.describe(link, following + slots, size, NEXT if done < length else 0)
+            self.describe(link, following + slots, load64(targets), size, NEXT if done < length else 0)
             slots += 1
         return slots
 
-    def describe(self, link: int, index: int, length: int, flags: int) -> None:
+    def describe(self, link: int, index: int, target: int, length: int, flags: int) -> None:
         """Fill a descriptor in; where the buffer is ours, all of it, since the peer may have written what it likes."""
         slot = index & load64(link + LINK_TX + MASK)
         desc = load64(link + LINK_TX + RING) + 16 * slot
         if load64(link + LINK_TX + BUFFERS) != 0:
-            store64(desc, length << 32 | flags)
-            store64(desc + 8, load64(link + TX_OFFSET) + slot * load64(link + LINK_TX + BUFFER_SIZE))
+            store64(desc, length << 32 | load64(link + POOL) | flags)
+            store64(desc + 8, target - load64(link + BASE))
         else:
             store16(desc, flags)
             store32(desc + 4, length)
@@ -439,14 +476,15 @@ class MemifRings:
         if load64(at + SPLIT) == WHOLE:
             copy_bytes(target, source, size)
             return
-        rest = load64(at + RESTS) + 16 * shr64(frame, shift)
+        rest = load64(at + RESTS) + REST * shr64(frame, shift)
         behind = ((frame & ((1 << shift) - 1)) + start) - HEADROOM - load64(at + SPLIT)  # < 0: so many are here
         here = min(size, max(-behind, 0))
-        left = load64(rest + 8) - max(behind, 0)  # of those that are still where the peer put them
+        left = load64(rest + REST_LENGTH) - max(behind, 0)  # of those that are still where the peer put them
         there = min(size - here, max(left, 0))
         copy_bytes(target, source, here)
-        if there > 0:
-            copy_bytes(target + here, load64(rest) + max(behind, 0), there)
+        source_there = load64(rest) + max(behind, 0)
+        if there > 0 and source_there != target + here:
+            copy_bytes(target + here, source_there, there)
         if here + there < size:  # what a stage has appended
             copy_bytes(target + here + there, source + here + there, size - here - there)
 
@@ -459,7 +497,7 @@ class MemifBlock:
 
     def __init__(self, frames: int, first: MemifBlock | None) -> None:
         self._arena = Arena(16 * (STAGE + BATCH))
-        self._rests = Arena(16 * frames) if first is None else None
+        self._rests = Arena(REST * frames) if first is None else None
         self.stage, self.targets = self._arena.address, self._arena.address + 16 * STAGE
         self.rests: int = self._rests.address if self._rests is not None else first.rests  # type: ignore[union-attr]
 

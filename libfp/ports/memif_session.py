@@ -23,10 +23,12 @@ from libfp.jit import store16
 from libfp.ports.memif_memory import (
     HEAD,
     MOST_REGIONS,
+    POOL_REGION,
     Link,
     OwnMemory,
     Region,
     Ring,
+    Share,
     buffer_sizes,
     check_ring,
     map_region,
@@ -212,11 +214,11 @@ class ServerSession(Session):
 
 
 class ClientSession(Session):
-    """The client's side: makes the memory, and describes it to the server."""
+    """The client's side: makes the memory, and describes it to the server. Its buffers may be a pool's."""
 
-    def __init__(self, offer: Offer) -> None:
+    def __init__(self, offer: Offer, share: Share | None = None) -> None:
         super().__init__()
-        self.offer = offer
+        self.offer, self._share = offer, share
         self._memory: OwnMemory | None = None
         self._to_say: list[tuple[Message, int]] = []
 
@@ -245,12 +247,12 @@ class ClientSession(Session):
         if offer.log2 > message.most_log2:
             what = f"rings of {1 << min(message.most_log2, 15)} at most, and {offer.name} has {offer.size}"
             raise PeerUnsuitable(what, "use a smaller ring_size")
+        if self._share and message.most_region < POOL_REGION:
+            raise PeerUnsuitable("a server that takes one region only", f"share no buffers by {offer.name}")
         self.peer = text(message.name)
-        self._memory = memory = OwnMemory(offer.queues, offer.size, offer.buffer_size, offer.first_index)
-        self._to_say = [
-            (Init(VERSION, offer.id, ETHERNET, offer.secret, NAME), -1),
-            (AddRegion(0, memory.region.size), memory.fd),
-        ]
+        self._memory = memory = OwnMemory(offer.queues, offer.size, offer.buffer_size, offer.first_index, self._share)
+        self._to_say = [(Init(VERSION, offer.id, ETHERNET, offer.secret, NAME), -1)]
+        self._to_say += [(AddRegion(index, one.size), one.fd) for index, one in enumerate(memory.offered)]
         for number, ring in enumerate(memory.rings):
             way, index = int(number < offer.queues), number % offer.queues
             event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -266,8 +268,8 @@ class ClientSession(Session):
         for index in range(queues):
             send, receive = memory.rings[index], memory.rings[queues + index]
             store16(memory.region.address + receive.offset + HEAD, first + receive.size)
-            link = Link([memory.region], receive, send, client=True, buffer_size=size, first=first)
-            link.own_buffers(memory.region, memory.offsets[queues + index], memory.offsets[index])
+            link = Link([*memory.offered], receive, send, client=True, buffer_size=size, first=first)
+            link.own_buffers(memory, queues + index, index)
             self.links.append(link)
         self.connected = True
 

@@ -14,7 +14,7 @@ import time
 
 from libfp.errors import Error, PeerLied, PeerUnsuitable
 from libfp.jit import load16, load64, load_acquire16, load_acquire64, store_release64
-from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT, OURS
+from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT, OURS, Share
 from libfp.ports.memif_rings import BROKEN, LINK, SEEN
 from libfp.ports.memif_session import Offer, Session
 
@@ -31,6 +31,8 @@ class Wire:
         self.offer = offer
         self.blocks: dict[int, int] = {}
         self.session: Session | None = None
+        #: Of the pool of buffers that the port shares with others.
+        self.share: Share | None = None
         #: What went wrong last, and how often the peer has come.
         self.error: Error | None = None
         self.connections = 0
@@ -138,6 +140,8 @@ class Wire:
         with self._lock:
             if self.session is not None:
                 self.withdraw(self.session)
-            self.sweep()
+            if self.sweep() and self.share is not None:
+                self.share.pool.leave()
+            self.share = None
             _kept.extend(self._retired)
             self._retired.clear()

@@ -23,6 +23,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "ring_size": int,
     "buffer_size": int,
     "queues": int,
+    "share": str,
     "mode": lambda text: int(text, 8),
 }
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
-from libfp.jit import load16, load64, load_acquire16, store64, store_release16
+from libfp.jit import load16, load32, load64, load_acquire16, store64, store_release16
 from libfp.jit.memory import view
 from libfp.ports.memif import MemifPort
 from libfp.ports.memif_memory import (
+    BASE,
     BIAS,
     BUFFER_SIZE,
     BUFFERS,
@@ -25,11 +26,11 @@ from libfp.ports.memif_memory import (
     LINK_TX,
     MASK,
     OURS,
+    POOL,
     REGIONS,
     RING,
-    RX_OFFSET,
     THEIRS,
-    TX_OFFSET,
+    Share,
 )
 from libfp.ports.memif_session import ClientSession, Offer, ServerSession, Session
 from libfp.testing.wait import wait_until
@@ -59,8 +60,8 @@ class FarEnd:
         desc, own = self.descriptor(part, index), self.word(part, BUFFERS)
         first, second = load64(desc), load64(desc + 8) & 0xFFFFFFFF
         if own:
-            size = self.word(part, BUFFER_SIZE)
-            return own + (index & self.word(part, MASK)) * size, size
+            offset = load32(own + 4 * (index & self.word(part, MASK)))
+            return load64(self.link + BASE) + offset, self.word(part, BUFFER_SIZE)
         return load64(load64(self.link + REGIONS) + 16 * (first >> 16 & 0xFFFF)) + second, first >> 32 & 0xFFFFFFFF
 
     @property
@@ -82,10 +83,10 @@ class FarEnd:
                 view(address, len(part))[:] = part
                 at += max(len(part), 1)
                 desc = self.descriptor(LINK_TX, index)
-                offset = load64(self.link + TX_OFFSET) + (index & self.word(LINK_TX, MASK)) * size
-                if self.word(LINK_TX, BUFFERS):
-                    store64(desc + 8, offset)
                 region = load64(desc) & 0xFFFF0000
+                if self.word(LINK_TX, BUFFERS):
+                    store64(desc + 8, address - load64(self.link + BASE))
+                    region = load64(self.link + POOL)
                 store64(desc, len(part) << 32 | region | (_NEXT if at < len(packet) else 0))
                 index, room = index + 1, room - 1
             self.sent = index & 0xFFFF
@@ -103,11 +104,10 @@ class FarEnd:
             if not load16(desc) & _NEXT:
                 packets.append(packet)
                 packet = b""
-            if own := self.word(LINK_RX, BUFFERS):
-                size, slot = self.word(LINK_RX, BUFFER_SIZE), self.received & self.word(LINK_RX, MASK)
-                assert own
-                store64(desc, size << 32)
-                store64(desc + 8, load64(self.link + RX_OFFSET) + slot * size)
+            if self.word(LINK_RX, BUFFERS):
+                address, size = self._buffer(LINK_RX, self.received)
+                store64(desc, size << 32 | load64(self.link + POOL))
+                store64(desc + 8, address - load64(self.link + BASE))
             self.received = (self.received + 1) & 0xFFFF
         store_release16(self.word(LINK_RX, OURS), self.received + self.word(LINK_RX, BIAS))
         return packets
@@ -158,10 +158,14 @@ class MemifPeer:
 
 
 def shake_hands(
-    server: Offer, client: Offer, alter: Callable[[bytes, int], tuple[bytes, int]] = lambda data, fd: (data, fd)
+    server: Offer,
+    client: Offer,
+    alter: Callable[[bytes, int], tuple[bytes, int]] = lambda data, fd: (data, fd),
+    share: Share | None = None,
 ) -> tuple[ServerSession, ClientSession]:
-    """Both sides' sessions, connected without a socket. `alter` may change what the client says, and the file."""
-    one, two = ServerSession(lambda number: server), ClientSession(client)
+    """Both sides' sessions, connected without a socket. `alter` may change what the client says, and the file; the
+    client's buffers may be of a pool."""
+    one, two = ServerSession(lambda number: server), ClientSession(client, share)
     to_client = [(one.hello(server.queues), -1)]
     try:
         while to_client:

@@ -17,7 +17,8 @@ from typing import Any, Self
 
 import pytest
 
-from libfp import Pipeline
+from libfp import Pipeline, stage
+from libfp.jit import load32
 from libfp.ports.memif import MemifPort
 from libfp.testing.memif import MemifPeer
 from libfp.testing.testpmd import Testpmd, Vdev, installed
@@ -31,6 +32,7 @@ FULL = bool(os.environ.get("LIBFP_FULL") or os.environ.get("LIBFP_STRESS"))
 LEAVES = 50 if FULL else 2
 OTHER = {"server": "client", "client": "server"}
 _numbers = itertools.count()
+headers = stage.headers_only(across)
 
 
 @pytest.fixture
@@ -84,18 +86,23 @@ def there_and_back(near: MemifPeer, packets: list[bytes], timeout: float = 10.0)
 
 
 @needs_testpmd
-@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize("role", ["server", "client", "sharing"])
 def test_testpmd_swaps_the_macs_of_what_passes_us(socket: str, role: Any, cores: list[int]) -> None:
-    """Python - memif - a pipeline - memif - testpmd and back: in order, byte for byte, also in several buffers."""
+    """Python - memif - a pipeline - memif - testpmd and back: in order, byte for byte, also in several buffers, and
+    from the one peer's buffers to the other's without a copy."""
+    shared = role == "sharing"
+    role = "client" if shared else role
+    options: Any = {"buffer_size": 1024} if role == "client" else {}
+    near_options = {**options, "share": "both"} if shared else {"role": "server"}
     ports = [
-        MemifPort("near", socket=socket + "n", role="server"),
-        MemifPort("far", socket=socket, role=role, buffer_size=1024 if role == "client" else None),
+        MemifPort("near", socket=socket + "n", **near_options),
+        MemifPort("far", socket=socket, role=role, **options, share="both" if shared else ""),
     ]
     vdev = Vdev(socket, OTHER[role], buffer_size=1024)
     with (
-        Pipeline(across).start(ports, cores[:1]) as app,
+        Pipeline(headers if shared else across).start(ports, cores[:1]) as app,
         Testpmd([vdev], mode="macswap", core=cores[-1]) as far,
-        MemifPeer("peer", socket=socket + "n", role="client") as near,
+        MemifPeer("peer", socket=socket + "n", role=OTHER[ports[0].role]) as near,
     ):
         near.wait()
         far.start()
@@ -106,6 +113,15 @@ def test_testpmd_swaps_the_macs_of_what_passes_us(socket: str, role: Any, cores:
         count = app.counters.ports["far"]
         assert count["tx_packets"] == count["rx_packets"] > len(packets)
         assert count["rx_errors"] == 0
+        if shared:
+            assert buffers_of(ports[1]) != sorted(buffers_of(ports[1])), "some have been moved"
+
+
+def buffers_of(port: MemifPort) -> list[int]:
+    """Where the buffers are that a port which shares them has now."""
+    share = port.wire.share
+    assert share is not None
+    return [load32(share.table + 4 * slot) for slot in range(2 * port.ring_size)]
 
 
 def polls(port: MemifPort, app: Any, more: int = 1000) -> None:
@@ -158,22 +174,26 @@ class Load:
         self._thread.join()
 
 
-@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize("role", ["server", "client", "sharing"])
 def test_either_side_restarts_under_load(socket: str, role: Any, cores: list[int]) -> None:
-    """Two applications with two memifs between them: one is started anew, again and again, while packets pass."""
+    """Two applications with two memifs between them: one is started anew, again and again, while packets pass. The one
+    that stays may share its buffers between all its peers."""
+    shared = {"share": "all"} if role == "sharing" else {}
+    role = "server" if shared else role
 
-    def ports(role: Any) -> list[MemifPort]:
-        return [MemifPort(f"link{k}", socket=f"{socket}{k}", role=role) for k in (0, 1)]
+    def ports(role: Any, **options: Any) -> list[MemifPort]:
+        return [MemifPort(f"link{k}", socket=f"{socket}{k}", role=role, **options) for k in (0, 1)]
 
     def restarted() -> Any:
         return Pipeline(across).start(ports(role), cores[-1:])
 
-    stays = ports(OTHER[role])
-    ends = [MemifPort(f"end{k}", socket=f"{socket}{k}", id=1, role="server") for k in (2, 3)]
+    stays = ports(OTHER[role], **shared)
+    end: Any = "client" if shared else "server"
+    ends = [MemifPort(f"end{k}", socket=f"{socket}{k}", id=1, role=end, **shared) for k in (2, 3)]
     with (
-        Pipeline(across).start([ends[0], *stays, ends[1]], cores[:1]) as app,
-        MemifPeer("near", socket=f"{socket}2", id=1, role="client") as near,
-        MemifPeer("far", socket=f"{socket}3", id=1, role="client") as far,
+        Pipeline(headers if shared else across).start([ends[0], *stays, ends[1]], cores[:1]) as app,
+        MemifPeer("near", socket=f"{socket}2", id=1, role=OTHER[end]) as near,
+        MemifPeer("far", socket=f"{socket}3", id=1, role=OTHER[end]) as far,
     ):
         near.wait()
         far.wait()
@@ -187,6 +207,9 @@ def test_either_side_restarts_under_load(socket: str, role: Any, cores: list[int
             with restarted():
                 load.more()
                 wait_until(lambda: what_is_open() == before, what="nothing to leak")
+        if shared:
+            held = [offset for port in (ends[0], *stays, ends[1]) for offset in buffers_of(port)]
+            assert held != sorted(held) == list(range(256, 4 * 2 * 1024 * 2304, 2304)), "each is in one place, still"
     assert app.counters.ports["link0"]["rx_errors"] == app.counters.ports["link1"]["rx_errors"] == 0
 
 

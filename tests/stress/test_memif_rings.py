@@ -21,6 +21,7 @@ from libfp.jit import (
     Arena,
     kernel,
     load16,
+    load32,
     load64,
     shr64,
     store16,
@@ -28,8 +29,11 @@ from libfp.jit import (
     store64,
     store_release16,
 )
+from libfp.jit.memory import view
+from libfp.ports.frames import HEADERS
 from libfp.ports.memif import MemifPort
-from libfp.ports.memif_memory import BIAS, LINK_RX, LINK_TX, MASK, OURS, REGIONS, RING, THEIRS
+from libfp.ports.memif_memory import BIAS, HEADROOM, LINK_RX, LINK_TX, MASK, OURS, REGIONS, RING, THEIRS
+from libfp.ports.memif_rings import SPLIT, WHOLE
 from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE
 from libfp.testing.machine_code import check, compile_afresh
 from libfp.testing.memif import FarEnd, shake_hands
@@ -44,6 +48,12 @@ def across(packet):  # type: ignore[no-untyped-def]
         packet.forward(packet.port ^ 1)
     elif packet.length == 1000:
         packet.append(100)
+        packet.forward(packet.port ^ 1)
+    elif packet.length == 1300:
+        packet.prepend(20)
+        packet.forward(packet.port ^ 1)
+    elif packet.length == 1400:
+        packet.adj(8)
         packet.forward(packet.port ^ 1)
     else:
         packet.forward(packet.port ^ 1)
@@ -60,37 +70,44 @@ class Bed:
         frame: int = 4096,
         guard: str = "",
         buffer: int = 2048,
+        share: str = "",
     ) -> None:
         kind = stage.headers_only(across) if headers_only else across
         self.pipeline = Pipeline(kind)
         self.statistics = Arena(1 << 16)
-        options: Any = {"ring_size": 64, "buffer_size": buffer, "first_index": (1 << 16) - 100}
+        options: Any = {"ring_size": 64, "buffer_size": buffer, "first_index": (1 << 16) - 100, "share": share}
         self.ports = [MemifPort(f"p{k}", socket=f"@bed{id(self)}{k}", role=roles[k], **options) for k in (0, 1)]  # type: ignore[arg-type]
         at = self.statistics.address
         self.state = WorkerState(self.pipeline, MemifPort.open_all, self.ports, 0, at, frame_size=frame, guard=guard)
         self.step = self.pipeline.module().step
         self.frames = self.state.frames.free.count
-        self.sessions: list[Any] = []
-        self.connect()
+        self.sessions: list[Any] = [None, None]
+        self.ends: list[Any] = [None, None]
+        for port in (0, 1):
+            self.join(port)
 
-    def connect(self) -> None:
-        self.ends = []
-        for port in self.ports:
-            server, client = shake_hands(port.wire.offer, port.wire.offer)
-            mine, theirs = (server, client) if port.role == "server" else (client, server)
-            port.wire.publish(mine)
-            self.sessions.append(theirs)
-            self.ends.append(FarEnd(theirs.links[0].address))
+    def join(self, port: int) -> None:
+        """A peer comes."""
+        wire = self.ports[port].wire
+        server, client = shake_hands(wire.offer, wire.offer, share=wire.share)
+        mine, self.sessions[port] = (server, client) if self.ports[port].role == "server" else (client, server)
+        wire.publish(mine)
+        self.ends[port] = FarEnd(self.sessions[port].links[0].address)
         self.turn()  # the worker has seen it
 
-    def reconnect(self) -> None:
-        for port in self.ports:
-            port.wire.withdraw(port.wire.session)  # type: ignore[arg-type]
+    def leave(self, port: int) -> None:
+        """Its peer goes."""
+        wire = self.ports[port].wire
+        wire.withdraw(wire.session)  # type: ignore[arg-type]
         self.turn()
-        assert all(port.wire.sweep() for port in self.ports)
-        while self.sessions:
-            self.sessions.pop().close()
-        self.connect()
+        assert wire.sweep()
+        self.sessions[port].close()
+
+    def reconnect(self) -> None:
+        self.leave(0)
+        self.leave(1)
+        for port in (0, 1):
+            self.join(port)
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -100,7 +117,15 @@ class Bed:
         at = self.statistics.address + c.FIRST_PORT + port * COUNTERS_SIZE
         return load64(at + 8 * COUNTER_NAMES.index(name))
 
+    def holders(self) -> list[int]:
+        """Where the buffers are that the ports share, by slot."""
+        shares = [port.wire.share for port in self.ports]
+        assert all(shares)
+        return [load32(share.table + 4 * slot) for share in shares if share for slot in range(2 * 64)]
+
     def close(self) -> None:
+        if self.ports[0].share:
+            assert len(set(self.holders())) == 2 * 2 * 64, "each buffer has one slot"
         self.state.close()
         for port in self.ports:
             port.close()
@@ -110,11 +135,14 @@ class Bed:
 
 
 ROLES = [("server", "client"), ("client", "server"), ("server", "server"), ("client", "client")]
+KINDS = [(roles, headers, "") for roles in ROLES for headers in (False, True)]
+SHARED = (("client", "client"), True, "both")
 
 
-@pytest.fixture(params=[(r, h) for r in ROLES for h in (False, True)], ids=str)
+@pytest.fixture(params=[*KINDS, SHARED], ids=str)
 def bed(request: pytest.FixtureRequest) -> Iterator[Bed]:
-    made = Bed(request.param[0], headers_only=request.param[1])
+    roles, headers_only, share = request.param
+    made = Bed(roles, headers_only=headers_only, share=share)
     yield made
     made.close()
 
@@ -128,7 +156,8 @@ def some(count: int, length: int = 0) -> list[bytes]:
 
 def expected(packets: list[bytes]) -> list[bytes]:
     """What the stage makes of them."""
-    made = [one[8:] if len(one) == 62 else one for one in packets if len(one) != 61]
+    made = [one[8:] if len(one) in (62, 1400) else one for one in packets if len(one) != 61]
+    made = [bytes(20) + one if len(one) == 1300 else one for one in made]
     return [one + bytes(100) if len(one) == 1000 else one for one in made]
 
 
@@ -150,7 +179,7 @@ def test_packets_pass_both_ways_in_order_and_intact_around_the_rings(bed: Bed) -
     assert bed.ends[0].room == bed.ends[1].room == 64
 
 
-@pytest.mark.parametrize("length", [61, 62, 1000, 193, 3000])
+@pytest.mark.parametrize("length", [61, 62, 1000, 193, 1300, 1400, 3000])
 def test_a_stage_may_drop_shorten_and_lengthen(bed: Bed, length: int) -> None:
     packets = some(10, length)
     bed.ends[0].send(packets)
@@ -281,6 +310,80 @@ def test_a_connection_is_followed_by_another(bed: Bed) -> None:
     assert bed.ends[0].word(LINK_TX, RING) != 0
 
 
+def written(bed: Bed) -> set[int]:
+    """The bytes of frames that are not as they were when they were mapped."""
+    frames = bed.state.frames
+    return {at % frames.stride for at, one in enumerate(bytes(view(frames.address, frames.size))) if one}
+
+
+def test_payload_is_copied_once(bed: Bed) -> None:
+    """Where stages look at headers only, what is behind them never is in a frame: it goes from region to region."""
+    packets = [bytes([255]) * length for length in (1514, 64, 192, 1000)]
+    bed.ends[0].send(packets)
+    bed.turn(2)
+    assert bed.ends[1].receive() == expected(packets)
+    headers_only = load64(bed.state.blocks.arena.address + SPLIT) != WHOLE
+    assert written(bed) == set(range(HEADROOM, HEADROOM + (HEADERS if headers_only else 1514)))
+
+
+@pytest.fixture
+def sharing() -> Iterator[Bed]:
+    roles, headers_only, share = SHARED
+    made = Bed(roles, headers_only=headers_only, share=share, buffer=1024)
+    yield made
+    made.close()
+
+
+def test_what_has_payload_is_moved_between_ports_that_share(sharing: Bed) -> None:
+    """The buffer that one peer has filled is the one that the other finds, and nobody has another's meanwhile."""
+    there, back = sharing.ends
+    for turn in range(100):
+        packets = [one for length in (192, 193, 1000, 1024, 900, 64) for one in some(1, length)]
+        filled = [load64(there.descriptor(LINK_TX, there.sent + k) + 8) for k in range(len(packets))]
+        there.send(packets)
+        sharing.turn(2)
+        found = [load64(back.descriptor(LINK_RX, back.received + k) + 8) for k in range(len(packets) + 1)]
+        same = [one == two for one, two in zip(filled, found[:2] + found[4:], strict=False)]
+        assert found[1] == filled[1], turn
+        assert found[4:6] == filled[3:5], "the one of 1,000 has become too long for a buffer, and lies in two"
+        assert found[0] not in filled
+        assert not same[0]
+        assert back.receive() == expected(packets)
+        assert len(set(sharing.holders())) == 256
+        there, back = back, there
+
+
+def test_peers_that_share_come_and_go(sharing: Bed) -> None:
+    """What has been moved stays where it is; who comes finds a whole ring of buffers."""
+    for turn in range(6):
+        for port in (0, 1):
+            there, back = sharing.ends[port], sharing.ends[1 - port]
+            packets = some(40, 900)
+            assert there.send(packets) == 40
+            sharing.turn(2)
+            if turn % 3 == 0:  # unread: they are gone with the peer, and their buffers are not
+                sharing.leave(1 - port)
+                assert there.send(packets[:20]) == 20
+                sharing.turn(2)
+                sharing.join(1 - port)
+            else:
+                assert back.receive() == packets
+            sharing.turn()
+            assert [end.room for end in sharing.ends] == [64, 64]
+            assert len(set(sharing.holders())) == 256
+    assert sharing.state.frames.free.count == sharing.frames
+
+
+def test_a_region_of_rings_is_not_shared(sharing: Bed) -> None:
+    """Of another's connection a peer has the buffers, nothing else."""
+    regions = [session.regions for session in sharing.sessions]
+    assert [len(one) for one in regions] == [2, 2]
+    view(regions[0][1].address, 1)[0] = 77
+    assert view(regions[1][1].address, 1)[0] == 77
+    view(regions[0][0].address + 32, 1)[0] = 77
+    assert view(regions[1][0].address + 32, 1)[0] == 0
+
+
 @pytest.mark.skipif(
     INTERPRETED or BOUNDSCHECK or platform.machine() != "x86_64", reason="reads the machine code of x86-64"
 )
@@ -392,10 +495,13 @@ class Vandal:
 
 @pytest.mark.stress
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("roles", ROLES, ids=str)
-def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles: tuple[str, str]) -> None:
+@pytest.mark.parametrize("roles", [*ROLES, SHARED], ids=str)
+def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles: Any) -> None:
     """Frames and regions lie between guard pages. `LIBFP_FULL=1` and `make stress`: a million stores."""
-    bed = Bed(roles, headers_only=roles[0] == "server", guard="end")
+    if roles is SHARED:
+        bed = Bed(roles[0], headers_only=True, share="both", guard="end")
+    else:
+        bed = Bed(roles, headers_only=roles[0] == "server", guard="end")
     vandal = Vandal(bed)
     for _ in range(MUTATIONS // len(ROLES) // 32):
         vandal.act(32)
@@ -403,6 +509,10 @@ def test_whatever_a_peer_stores_no_frame_is_lost_and_nothing_else_touched(roles:
         assert bed.state.frames.free.count == bed.frames
         vandal.start_again()
     assert vandal.seen > 2
+    if bed.ports[0].share:
+        held = bed.holders()
+        assert sorted(held) == list(range(HEADROOM, (HEADROOM + 2048) * 256, HEADROOM + 2048))
+        assert held != sorted(held), "they have been moved"
     for name in ("rx_packets", "rx_errors", "tx_packets"):
         assert min(bed.counter(0, name), bed.counter(1, name)) > MUTATIONS // 5000, name
     packets = some(20)

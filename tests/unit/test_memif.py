@@ -21,7 +21,7 @@ from libfp.jit import load16, store16
 from libfp.ports import memif_control, memif_messages
 from libfp.ports.frames import FrameMemory
 from libfp.ports.memif import MemifPort
-from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT
+from libfp.ports.memif_memory import LINK_TX, NO_INTERRUPT, Pool, Share
 from libfp.ports.memif_messages import SIZE, Ack, AddRegion, AddRing, Connect, Disconnect, Hello, Init, parse
 from libfp.ports.memif_session import ClientSession, Offer, ServerSession
 from libfp.testing.memif import FarEnd, MemifPeer, shake_hands
@@ -143,6 +143,15 @@ def test_a_socket_in_use(address: str, tmp_path: Path) -> None:
         ({"secret": "x" * 24}, "mem0: a secret that cannot be sent; 23 bytes at most, none of them 0"),
         ({"id": -1}, "mem0: id -1; a number of 32 bits"),
         ({"socket": ""}, "mem0: a socket ''; a path, or @name, of 107 bytes at most"),
+        (
+            {"role": "server", "share": "both"},
+            "mem0: a server that shares buffers; the client makes them: role=client",
+        ),
+        (
+            {"ring_size": 16384, "buffer_size": 65536, "queues": 2},
+            "mem0: 2 queues of 16384 buffers of 65536 bytes, 4296019968 bytes in all; "
+            "4 GiB at most, all that an offset of 32 bits reaches",
+        ),
     ],
 )
 def test_arguments_that_cannot_be(options: dict[str, Any], text: str) -> None:
@@ -161,7 +170,7 @@ def test_arguments_that_cannot_be(options: dict[str, Any], text: str) -> None:
         (
             "memif:@x,size=1 --routes R",
             "'memif:@x,size=1' does not parse at 'size=1'; "
-            "there are role, id, secret, name, ring-size, buffer-size, queues, mode",
+            "there are role, id, secret, name, ring-size, buffer-size, queues, share, mode",
         ),
         ("memif:@x,role=master,name=out --routes R", "out: no role 'master'; server or client"),
         ("memif:@x,ring-size=100,name=out --routes R", "out: a ring of 100; a power of 2, 16384 at most"),
@@ -189,6 +198,24 @@ def test_what_the_engine_asks_is_checked() -> None:
         MemifPort.open_all([port], 0, FrameMemory(8, 1024, huge=False))
     with pytest.raises(BadInput, match="mem0 has 1 queues, and 0 workers; give it queues=0, or more cores"):
         port.take(0)
+
+
+def test_ports_that_share_buffers_must_agree() -> None:
+    def opened(*options: dict[str, Any]) -> None:
+        ports = [MemifPort(f"mem{k}", socket="@x", share="both", **one) for k, one in enumerate(options)]
+        MemifPort.open_all(ports, 0, FrameMemory(8, 2048, huge=False))
+
+    with pytest.raises(BadInput, match=r"^mem0 shares buffers with no other port; say share=both for those too"):
+        opened({})
+    with pytest.raises(BadInput, match=r"^mem0 and mem1 share buffers of 1024 and 2048 bytes; give them the same buf"):
+        opened({}, {"buffer_size": 1024})
+    big = {"ring_size": 16384, "buffer_size": 65536}
+    with pytest.raises(BadInput, match=r"^mem0 and mem1: 65536 buffers of 65536 bytes, with 256 before each, are more"):
+        opened(big, big)
+    pool = Pool("mem0", [32], 2048)
+    with pytest.raises(PeerUnsuitable, match=r"^a server that takes one region only; share no buffers by mem0"):
+        ClientSession(OFFER, Share(pool, pool.tables[0])).receive(Hello(b"", 512, 512, 0, 1, 1, 14).pack(), [])
+    pool.leave()
 
 
 def memfd(size: int, seals: int) -> int:
