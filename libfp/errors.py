@@ -83,7 +83,7 @@ class NoAnswer(Error):
 
 
 class CacheNotPrivate(Error):
-    """The directory of compiled code can be written by somebody else (its index is a pickle)."""
+    """The directory of compiled code can be written by somebody else (its index is a pickle), or not by us."""
 
 
 class TableFull(Error):

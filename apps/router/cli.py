@@ -15,7 +15,7 @@ from libfp.cli import options, running
     epilog="`fp router verify [NAME]` compares a running router's tables with the kernel.",
 )
 @options.common("router")
-@options.offline()
+@options.offline(" or memif ports")
 @click.pass_context
 def router(context: click.Context, config: str | None, **given: Any) -> None:
     """Route IPv4 and IPv6 between the interfaces IF..., with Linux's routes and neighbours.

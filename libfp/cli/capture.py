@@ -11,6 +11,7 @@ from typing import IO
 
 import click
 
+from libfp.cli.options import Seconds
 from libfp.cli.watching import Watch
 from libfp.errors import BadInput
 from libfp.ports.pcapng import INBOUND, OUTBOUND, PcapngWriter
@@ -24,7 +25,7 @@ SLOTS = 2048
 @click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N packets.")
 @click.option("-n", "--name", metavar="NAME", help="The instance.  [the only one]")
 @click.option("-s", "--snap", type=click.IntRange(14, 65536), default=4096, metavar="N", help="Bytes a packet.  [4096]")
-@click.option("--seconds", type=click.FloatRange(0), metavar="S", help="End after so long.")
+@click.option("--seconds", type=Seconds(), metavar="S", help="End after so long.")
 def capture(
     expression: tuple[str, ...], path: str, count: int | None, name: str | None, snap: int, seconds: float | None
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from libfp.cli.options import Seconds
 from libfp.errors import MissingCapability, Unsupported
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--seconds", default=5.0, show_default=True, type=click.FloatRange(0.2, 3600), help="Of stream and of flood."
+    "--seconds", default=5.0, show_default=True, type=Seconds(0.2, 3600), metavar="S", help="Of stream and of flood."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; the rest to stderr.")
 @click.option("--memory", is_flag=True, help="Over memory ports, as without root or AF_XDP.")

@@ -23,7 +23,8 @@ def in_journal() -> bool:
 
 def say(text: str, priority: int = INFO) -> None:
     """A line on standard error."""
-    click.echo(f"<{priority}>{text}" if in_journal() else text, err=True)
+    if sys.stderr is not None:
+        click.echo(f"<{priority}>{text}" if in_journal() else text, err=True)
 
 
 class Formatter(logging.Formatter):

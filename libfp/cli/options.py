@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -10,10 +11,11 @@ import click
 
 from libfp.errors import BadInput
 
-__all__ = ["Command", "common", "offline"]
+__all__ = ["Command", "Seconds", "common", "offline"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+LONGEST = 1e8  # seconds, three years
 LEVELS = ("error", "warning", "info", "debug")
 
 
@@ -28,6 +30,24 @@ def _cores(context: click.Context, parameter: click.Parameter, value: str | None
             raise BadInput(f"--cores {value!r} does not parse at {part!r}", "write 2 or 2,3 or 2-5")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+class Seconds(click.ParamType):
+    """A number of seconds from `least` to `most`; "nan" and "inf" are none."""
+
+    name = "seconds"
+
+    def __init__(self, least: float = 0.0, most: float = LONGEST) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = math.nan
+        if not self.least <= found <= self.most:
+            self.fail(f"{value!r} is no number from {self.least:g} to {self.most:,.0f}", parameter, context)
+        return found
 
 
 def common(application: str, config: str = "Read options from a TOML file; SIGHUP reads it again.") -> Callable[[F], F]:
@@ -75,14 +95,15 @@ def common(application: str, config: str = "Read options from a TOML file; SIGHU
     )
 
 
-def offline() -> Callable[[F], F]:
-    """The options of an application that also runs over a capture, see `libfp.cli.offline`."""
+def offline(others: str = "") -> Callable[[F], F]:
+    """The options of an application that also runs over a capture, see `libfp.cli.offline`. `others`: what else has its
+    routes from a file."""
     return _all(
         click.option("--pcap", metavar="FILE", help="Instead of interfaces: forward what this capture holds."),
         click.option(
             "--routes",
             metavar="FILE",
-            help="With --pcap or memif ports: the routes, one a line, as `ip route` has them.",
+            help=f"With --pcap{others}: the routes, one a line, as `ip route` has them.",
         ),
         click.option("--out", metavar="FILE", help="With --pcap: write what leaves, as pcap, or pcapng by that name."),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from libfp.cli.options import Seconds
 from libfp.cli.watching import Watch
 from libfp.engine.dissect import Headers
 from libfp.engine.listen import Listener
@@ -20,7 +21,7 @@ SNAP, SLOTS = 192, 1024
 @click.argument("expression", nargs=-1, metavar="[FILTER]...")
 @click.option("-c", "--count", type=click.IntRange(1), default=10, metavar="N", help="How many packets.  [10]")
 @click.option("-n", "--name", metavar="NAME", help="The instance.  [the only one]")
-@click.option("--seconds", type=click.FloatRange(0), metavar="S", help="Look for so long at most.")
+@click.option("--seconds", type=Seconds(), metavar="S", help="Look for so long at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a packet.")
 def trace(expression: tuple[str, ...], count: int, name: str | None, seconds: float | None, as_json: bool) -> None:
     """Print the next packets of a running instance that match FILTER: what each stage did, the verdict and its reason,

@@ -227,7 +227,8 @@ class Control:
             if handler is None:
                 known = ", ".join(sorted(self._handlers))
                 raise BadInput(
-                    f"this instance knows no command {command!r} (it knows {known})", "is it another version?"
+                    f"this instance knows no command {command!r} (it knows {known})",
+                    "is it another application, or version?",
                 )
             found = handler(request, caller)
         except Error as error:

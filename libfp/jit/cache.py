@@ -29,7 +29,7 @@ import llvmlite.binding as llvm
 import numba
 
 from libfp.errors import CacheNotPrivate
-from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, kernel
+from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, cannot_keep, kernel
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables", "linux", "gen")
@@ -56,8 +56,7 @@ def directory() -> Path:
             _refuse_shared(one)
         _refuse_open_parents(path)
     except OSError as error:
-        remedy = "set LIBFP_CACHE_DIR to a directory of your own"
-        raise CacheNotPrivate(f"cannot keep compiled code in {path} ({error.strerror})", remedy) from None
+        raise cannot_keep(path, error) from None
     return path
 
 
@@ -135,13 +134,15 @@ def _written(module_name: str, source: str) -> Path:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, also where reading leaves no mark
     except FileNotFoundError:
         partial = folder / f".{module_name}.{os.getpid()}"
-        partial.write_text(source)
         try:
+            partial.write_text(source)
             path.hardlink_to(partial)
         except FileExistsError:
             pass  # another process was faster
+        except OSError as error:
+            raise cannot_keep(folder, error) from None
         finally:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         _prune(folder)
     return path
 

@@ -14,6 +14,8 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import AnalysisPass, register_pass
 from numba.core.typed_passes import AnnotateTypes, NativeLowering
 
+from libfp.errors import CacheNotPrivate
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: The plain-Python mode (``NUMBA_DISABLE_JIT=1``): every stage, table and ring runs interpreted, with checked memory.
@@ -150,6 +152,22 @@ def cached_kernel(function: Callable[..., Any]) -> Any:
     elsewhere = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
     config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = "", "InTreeCacheLocator"
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
+        made = numba.njit(cache=True, **_OPTIONS)(function)
     finally:
         config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = elsewhere
+    save = made._cache.save_overload
+
+    def keep(signature: Any, compiled: Any) -> None:
+        try:
+            save(signature, compiled)
+        except OSError as error:
+            raise cannot_keep(os.path.dirname(function.__code__.co_filename), error) from None
+
+    made._cache.save_overload = keep
+    return made
+
+
+def cannot_keep(folder: Any, error: OSError) -> CacheNotPrivate:
+    """What to raise where compiled code finds no place, on a full disk for one."""
+    what = f"cannot keep compiled code in {folder} ({error.strerror})"
+    return CacheNotPrivate(what, "make room there, or set LIBFP_CACHE_DIR to a directory of your own")

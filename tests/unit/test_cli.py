@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 import libfp
 from libfp.cli import COMMANDS, fp, main
+from libfp.cli.options import Seconds
 
 
 def run(*arguments, **kwargs):
@@ -41,8 +43,10 @@ def test_each_command_has_help(name):
 def test_usage_errors_exit_with_2(arguments):
     done = run(*arguments)
     assert done.returncode == 2
+    assert done.stderr.startswith("fp: no such ")
+    assert done.stderr.count("\n") == 1
     assert "nonsense" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith("--help")
 
 
 @pytest.fixture
@@ -70,6 +74,7 @@ def failing(monkeypatch):
         (libfp.TableFull("table full"), 2, "table full"),
         (click.ClickException("no"), 2, "no"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 2, "/x: No such file; fp -vv says where"),
     ],
 )
 def test_errors_are_one_line_and_a_status(failing, capsys, error, status, line):
@@ -89,3 +94,18 @@ def test_a_reader_that_goes_away_is_no_error():
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("output", ["/dev/full", None])
+def test_output_that_cannot_be_written_is_one_line(output):
+    redirected = f"> {output}" if output else ">&-"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m libfp --version {redirected}"], stderr=subprocess.PIPE)
+    assert done.returncode == (2 if output else 0)
+    said = b"fp: cannot write standard output: No space left on device; make room, or write elsewhere\n"
+    assert done.stderr == (said if output else b"")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "1e30", "-1", "x"])
+def test_seconds_are_numbers(text):
+    with pytest.raises(click.BadParameter, match=f"'{text}' is no number from 0 to"):
+        Seconds().convert(text, None, None)
