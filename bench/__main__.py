@@ -46,21 +46,26 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     made = Parser(
         prog="python -m bench",
-        description="Measure what libfp claims. Figures are medians of interleaved rounds; only ratios mean anything.",
-        epilog="After `report` they are kept, too, and docs/bench.md is written from all that are. Benches: "
-        + "; ".join(f"{name}: {what}" for name, what in BENCHES.items()),
+        usage="%(prog)s [OPTIONS] [report] [NAME]...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure what libfp claims, all of it or the benches named, one JSON line a case. Figures are\n"
+        "medians of interleaved rounds; only ratios mean anything. After `report` results are kept, and\n"
+        "docs/bench.md is written from all that are.",
+        epilog="benches:\n" + "\n".join(f"  {name:9} {what}" for name, what in BENCHES.items()),
     )
-    made.add_argument("names", nargs="*", metavar="[report] [NAME]...")
-    made.add_argument("--rounds", type=_positive, help="rounds a case, instead of its own number")
-    made.add_argument("--case", dest="only", help="only the cases whose name holds this text")
-    made.add_argument("--cores", type=cores, help="for scaling: cores of the workers, such as 0-3,8 [all there are]")
+    made.add_argument("names", nargs="*", help=argparse.SUPPRESS)
+    made.add_argument("--rounds", type=_positive, metavar="N", help="rounds a case, instead of its own number")
+    made.add_argument("--case", dest="only", metavar="TEXT", help="only the cases whose name holds this text")
+    made.add_argument(
+        "--cores", type=cores, metavar="LIST", help="for scaling: cores of the workers, such as 0-3,8 [all there are]"
+    )
     made.add_argument("--isolated", action="store_true", help="for scaling: workers that share nothing, too")
     return made
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
 
 
@@ -69,7 +74,11 @@ def cores(text: str) -> list[int]:
     found = list[int]()
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} does not parse at {part!r}: write 2 or 2,3 or 2-5")
         found += range(int(first), int(last or first) + 1)
+    if len(set(found)) < len(found) or not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names a core twice, or none")
     return found
 
 
@@ -82,14 +91,18 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         if name not in BENCHES:
             raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
+    ran = 0
     for name in names or BENCHES:
         module = importlib.import_module(f"bench.{name}")
         with contextlib.closing(module.cases(**_options(module, given, names))) as cases:  # what they use goes, too
             wanted = (case for case in cases if given.only is None or given.only in case.case)
             results = list(run(wanted, given.rounds))
+        ran += len(results)
         if reporting:
             report.keep(name, results)
             report.write(BENCHES)
+    if not ran:
+        raise BadInput(f"no case of {', '.join(names) or 'any bench'} holds {given.only!r}", "leave --case out")
 
 
 def _options(module: Any, given: argparse.Namespace, names: list[str]) -> dict[str, Any]:
