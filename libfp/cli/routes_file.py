@@ -93,7 +93,8 @@ class RoutesFile:
                     self._wrong(line, f"{value!r} is no MTU: {LEAST_MTU} to {MOST_MTU}")
                 mtu = int(value)
             else:
-                self._wrong(line, f"{word!r} is not via, dev or mtu, each once")
+                hint = "; a neighbour's line begins with neigh" if word == "lladdr" else ""
+                self._wrong(line, f"{word!r} is not via, dev or mtu, each once{hint}")
         network = self._network(line, prefix, f"{via}" if via is not None else "")
         if not device:
             self._wrong(line, f"the route to {network} names no device")

@@ -80,6 +80,8 @@ class Settings:
             every = ", ".join(f"--{name}" for name in wanted)
             what = f"{every} and --out go together, without interfaces"
             raise BadInput(what, f"give {' and '.join(f'--{name}' for name in wanted)}")
+        if given and self.profile:
+            raise BadInput("--profile measures a loop, and a capture goes through none", "leave it out")
         return bool(given)
 
 
@@ -123,14 +125,14 @@ def run(
                 started(app, linux)
                 linux.wait_forwarding()
                 with ExitStack() as watching:
-                    watch = _stopwatch(app, watching) if settings.profile else None
+                    watch = stopwatch(app, watching) if settings.profile else None
                     service.run(app, say.forwarding(app, linux), lambda: linux.synced, lambda: say.ready(app, linux))
                     if watch is not None:
                         say.profile(app, watch.total())
                     say.end(app)
 
 
-def _stopwatch(app: Application, undo: ExitStack) -> Stopwatch:
+def stopwatch(app: Application, undo: ExitStack) -> Stopwatch:
     """The clock of the workers' loops, as any other process may ask for it."""
     from libfp.engine.control import connect
     from libfp.engine.listen import Stopwatch

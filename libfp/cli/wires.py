@@ -5,11 +5,13 @@ No Linux stands behind such a port: what the fast path cannot finish is counted 
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from libfp.cli.routes_file import RoutesFile
-from libfp.cli.running import Interrupts, Said, Settings
+from libfp.cli.running import Interrupts, Said, Settings, stopwatch
 from libfp.cli.service import Service
 from libfp.errors import BadInput
 from libfp.ports.names import is_memif, memif_ports
@@ -27,8 +29,10 @@ def asked_for(settings: Settings) -> bool:
         raise BadInput(f"memif ports beside {', '.join(others)}", "give it ports of one kind")
     if settings.routes is None:
         raise BadInput("memif ports without routes: Linux has none that lead there", "give --routes FILE")
-    if settings.only or settings.pcap is not None or settings.out is not None:
-        raise BadInput("--only, --pcap and --out are not for memif ports", "leave them out")
+    told = {"only": settings.only, "pcap": settings.pcap, "out": settings.out, "bypass": settings.bypass}
+    told |= {"mode": settings.mode != "auto", "kick": settings.kick != "auto"}
+    if said := [f"--{name}" for name, one in told.items() if one]:
+        raise BadInput(f"not for memif ports: {', '.join(said)}", "leave that out")
     return True
 
 
@@ -43,20 +47,24 @@ def run(command: str, settings: Settings, stages: Stages) -> None:
         )
     with Interrupts() as interrupts, Service(interrupts.asked) as service:
         say = Said(command, settings.as_json)
+        say("compiling the pipeline (seconds at first, then from the cache)")
         from libfp import Pipeline
 
         routes = table.tables(names)
         linux: Any = SimpleNamespace(synced=True, routes=routes)
         interrupts.check()
-        say("compiling the pipeline (seconds at first, then from the cache)")
         made = Pipeline(*stages(routes, names))
         largest = max((route.mtu for route in table.routes.values()), default=0)
-        options = {"name": settings.name or None, "frame_size": _frame_size(largest)}
+        options = {"name": settings.name or f"{command}-{os.getpid()}", "frame_size": _frame_size(largest)}
         with made.start(ports, settings.cores, **options) as app:
             interrupts.check()
             if waiting := [port.name for port in ports if not port.connected]:
                 say(f"no peer yet for {', '.join(waiting)}: it may come at any time")
-            service.run(app, say.forwarding(app, linux), when_synced=lambda: say.ready(app, linux))
+            with ExitStack() as watching:
+                watch = stopwatch(app, watching) if settings.profile else None
+                service.run(app, say.forwarding(app, linux), when_synced=lambda: say.ready(app, linux))
+                if watch is not None:
+                    say.profile(app, watch.total())
             say.end(app)
 
 

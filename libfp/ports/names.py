@@ -42,6 +42,8 @@ def memif_ports(names: Sequence[str], *, queues: int) -> list[MemifPort]:
         socket, options = _parse(text)
         made.append(MemifPort(**{"name": f"memif{number}", "queues": queues, **options}, socket=socket))
     for port in made:
+        if not port.name:
+            raise BadInput("a memif port without a name", "leave name= out, or give one")
         if sum(port.name == other.name for other in made) > 1:
             raise BadInput(f"two ports called {port.name}", "name them: memif:SOCKET,name=NAME")
     return made
@@ -61,5 +63,6 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             known = ", ".join(_OPTIONS).replace("_", "-")
             raise BadInput(f"{text!r} does not parse at {one!r}", f"there are {known}") from None
         except ValueError:
-            raise BadInput(f"{text!r} does not parse at {one!r}", f"{key.replace('_', '-')} is a number") from None
+            kind = "octal, such as 600" if key == "mode" else "a number"
+            raise BadInput(f"{text!r} does not parse at {one!r}", f"{key.replace('_', '-')} is {kind}") from None
     return socket, options
