@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
-import json
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from libfp.cli.options import Seconds
 from libfp.errors import BadInput
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from libfp.gen import Cable, Traffic
 
-    from libfp.gen import Cable, Generator, Receiver, Report, Traffic
-    from libfp.gen.rfc2544 import Throughput, Trial
-
-INTERVAL = 0.5  # seconds between two looks of the live table
-BROADCAST = "ff:ff:ff:ff:ff:ff"
 FACTORS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -64,22 +58,20 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--source", multiple=True, metavar="ADDR", help="Source address; one of each family at most.")
 @click.option("--dst", multiple=True, metavar="PREFIX", help="Destination, an address or a prefix; likewise.")
 @click.option("--prefixes", metavar="FILE", help="Destinations in the prefixes of a file, one a line.")
-@click.option(
-    "--zipf", type=click.FloatRange(0), default=0.0, metavar="S", help="The k-th prefix 1/k^S times as often."
-)
+@click.option("--zipf", type=float, default=0.0, metavar="S", help="The k-th prefix 1/k^S times as often.")
 @click.option("-4", "ipv4", is_flag=True, help="IPv4 packets; with -6 both.")
 @click.option("-6", "ipv6", is_flag=True, help="IPv6 packets.")
-@click.option("--ttl", type=click.IntRange(1, 255), default=64, help="TTL or hop limit.  [64]")
+@click.option("--ttl", type=click.IntRange(1, 255), default=64, metavar="N", help="TTL or hop limit.  [64]")
 @click.option("--dst-mac", multiple=True, metavar="MAC", help="Of each port in turn.  [its only neighbour's]")
 @click.option("--src-mac", multiple=True, metavar="MAC", help="Of each port in turn.  [the interface's]")
 @click.option("--pcap", metavar="FILE", help="Send the frames of this capture as they are.")
 @click.option("--pps", callback=_rate, metavar="RATE", help="Packets a second of each port, such as 1.5M.")
 @click.option("--bps", callback=_rate, metavar="RATE", help="Bits a second of frames with FCS, such as 10G.")
-@click.option("--seconds", type=click.FloatRange(0.001), metavar="S", help="How long; of --rfc2544 a trial.  [^C; 2]")
+@click.option("--seconds", type=Seconds(0.001), metavar="S", help="How long; of --rfc2544 a trial.  [^C; 2]")
 @click.option("--packets", type=click.IntRange(0), metavar="N", help="How many by each port.")
 @click.option("--rfc2544", "throughput", is_flag=True, help="Search the highest rate that loses at most --loss.")
-@click.option("--loss", type=float, default=0.0, metavar="SHARE", help="With --rfc2544: 0.001 is 0.1 %.  [0]")
-@click.option("--resolution", type=float, default=0.01, metavar="SHARE", help="With --rfc2544: of the rate.  [0.01]")
+@click.option("--loss", type=float, metavar="SHARE", help="With --rfc2544: 0.001 is 0.1 %.  [0]")
+@click.option("--resolution", type=float, metavar="SHARE", help="With --rfc2544: of the rate.  [0.01]")
 @click.option("--core", type=click.IntRange(0), metavar="N", help="Core of the one thread.  [the last]")
 @click.option(
     "--mode", type=click.Choice(["auto", "native", "skb"]), default="auto", help="How XDP is attached to interfaces."
@@ -87,45 +79,51 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--seed", type=int, default=1, metavar="N", help="Of what is drawn.  [1]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: a line a trial and a result, or the report.")
 def gen(**options: Any) -> None:
-    """Send packets by each PORT, and tell what came of them by these and by those of --to: loss, order, time.
+    """Send packets by each PORT, and say what came of them, by these and by those of --to: loss, order, time.
 
     A PORT is an interface (queue 0, through AF_XDP), memif:SOCKET,role=client,id=0, pcap:FILE
     (written by who sends, read by who receives), or memory (what is sent is received). With two PORTs each sends,
     the second the other way. Frames are UDP to port 7 with a signature; only those are taken from an interface, the
-    rest is Linux's.
+    rest is Linux's. Sizes are with FCS: the least is 64 bytes, with IPv6 84. One core spins all the time.
 
-    One core spins all the time. Sizes are with FCS: the least is 64 bytes, with IPv6 84.
+    \b
+      fp gen eth0 --to eth1 --dst 10.0.1.2 --pps 100k --seconds 10
+      fp gen eth0 --to eth1 --dst 10.0.1.2 --rfc2544 --loss 0.001
+      fp gen eth0 --to eth1 --prefixes table.txt --zipf 1.1 --size imix
+      fp gen memif:@device,role=client --size 64 --json
     """
     from libfp.cli.running import Interrupts
 
     names, to = list(options["ports"]), list(options["to"])
     _check(options, names)
     with Interrupts() as interrupts, ExitStack() as undo:
-        made, cables = _ports(options, [*names, *to], 0 if options["receive"] else len(names))
-        interrupts.check()
-        if options["receive"]:
-            from libfp.gen import Receiver
+        from libfp.cli import gen_show as screen
+        from libfp.gen import Generator, Receiver
 
-            receiver = undo.enter_context(Receiver(made, core=options["core"], cables=cables))
-            _show(options, receiver, lambda: receiver.start())
+        interrupts.check()
+        made, cables = _ports(options, [*names, *to], 0 if options["receive"] else len(names))
+        shared = {"core": options["core"], "cables": cables}
+        preparing = "making packets, and compiling (seconds at first, then from the cache)"
+        if options["receive"]:
+            with screen.named(preparing):
+                receiver = undo.enter_context(Receiver(made, **shared))
+            interrupts.check()
+            screen.show(options, receiver, lambda: receiver.start())
             return
         traffics, searched = _traffics(options, names)
-        from libfp.gen import Generator
-
         first = traffics if not searched else max((one for _, one in searched), key=lambda one: _longest(one[0]))
-        sending = made[: len(names)]
-        generator = undo.enter_context(
-            Generator(sending, first, to=made[len(names) :], core=options["core"], cables=cables)
-        )
+        with screen.named(preparing):
+            generator = undo.enter_context(Generator(made[: len(names)], first, to=made[len(names) :], **shared))
         interrupts.check()
-        generator.wait_connected()
+        with screen.named("waiting for somebody at the other end"):
+            generator.wait_connected()
         if searched:
-            _search(options, generator, searched)
+            screen.search(options, generator, searched, options["seconds"] or 2.0)
             return
         chosen = {name: options[name] for name in ("pps", "bps", "seconds", "packets")}
         if options["pcap"] and options["seconds"] is None and options["packets"] is None:
             chosen["packets"] = generator.schedules[0].count
-        _show(options, generator, lambda: generator.start(**chosen))
+        screen.show(options, generator, lambda: generator.start(**chosen))
 
 
 def _check(options: dict[str, Any], names: Sequence[str]) -> None:
@@ -135,17 +133,25 @@ def _check(options: dict[str, Any], names: Sequence[str]) -> None:
         raise BadInput("--pps and --bps are two rates", "give one of them")
     forbidden = {
         "receive": ("to", "pcap", "prefixes", "size", "flows", "pps", "bps", "packets", "throughput"),
-        "pcap": ("prefixes", "size", "flows", "throughput", "source", "dst"),
+        "pcap": ("prefixes", "size", "flows", "throughput", "source", "dst", "ipv4", "ipv6", "dst_mac", "src_mac"),
         "throughput": ("bps", "packets"),
+        "prefixes": ("dst",),
     }
-    shown = {"throughput": "rfc2544"}
+    shown = {"throughput": "--rfc2544", "ipv4": "-4", "ipv6": "-6"}
     for one, others in forbidden.items():
         for other in others:
             if options[one] and options[other]:
-                pair = f"--{shown.get(one, one)} and --{shown.get(other, other)}"
-                raise BadInput(f"{pair} do not go together", "leave one out")
-    if not 0 <= options["loss"] < 1 or not 0 < options["resolution"] < 1:
-        raise BadInput("--loss and --resolution are shares below 1", "0.001 is 0.1 %")
+                pair = [shown.get(name, f"--{name.replace('_', '-')}") for name in (one, other)]
+                raise BadInput(f"{pair[0]} and {pair[1]} do not go together", "leave one out")
+    for one, least in (("loss", 0.0), ("resolution", 1e-6)):
+        if options[one] is not None and not options["throughput"]:
+            raise BadInput(f"--{one} says nothing without --rfc2544", "leave it out")
+        if options[one] is not None and not least <= options[one] < 1:
+            raise BadInput(f"--{one} {options[one]:g} is no share below 1", "0.001 is 0.1 %")
+    for one in ("dst_mac", "src_mac"):
+        if len(options[one]) > len(names):
+            what = f"--{one.replace('_', '-')} is there {len(options[one])} times"
+            raise BadInput(what, f"as often as ports that send: {len(names)}")
 
 
 def _longest(traffic: Traffic) -> int:
@@ -171,6 +177,8 @@ def _ports(options: dict[str, Any], names: Sequence[str], sending: int) -> tuple
         elif colon and kind == "pcap":
             from libfp.ports import PcapPort
 
+            if not rest:
+                raise BadInput("pcap: names no file", "pcap:FILE")
             made.append(PcapPort(rest, "w" if number < sending else "r"))
         elif colon and kind == "memif":
             from libfp.ports.names import memif_ports
@@ -208,6 +216,12 @@ def _traffics(options: dict[str, Any], names: Sequence[str]) -> tuple[list[Traff
             if plain + six in addresses:
                 raise BadInput(f"--{option} {text} is the second of its family", "give one of each")
             addresses[plain + six] = text
+    for option in ("source", "dst"):
+        for text in options[option]:
+            if families and (6 if _is_ipv6(option, text) else 4) not in families:
+                raise BadInput(f"--{option} {text} is of a family that is not sent", "leave it out, or -4, or -6")
+    if set(addresses) in ({"source", "to6"}, {"source6", "to"}):
+        raise BadInput(f"{' and '.join(addresses.values())} are of two families", "give both of one, or all four")
     if not families and not options["prefixes"]:
         families = tuple(sorted({6 if name.endswith("6") else 4 for name in addresses}))
     sizes: dict[int, int] | None = options["size"]
@@ -265,165 +279,8 @@ def _neighbour(name: str) -> str:
         rows = [line.split() for line in file.readlines()[1:]]
     known = {row[3] for row in rows if row[5] == name and int(row[2], 16) & 2}
     if len(known) != 1:
-        what = f"{name} has {len(known) or 'no'} neighbours" if len(known) != 1 else ""
-        raise BadInput(what, "say whom the frames are for: --dst-mac, or ping it first")
+        raise BadInput(
+            f"{name} has {len(known) or 'no'} IPv4 neighbours",
+            "say whom the frames are for: --dst-mac, or ping it first",
+        )
     return known.pop()
-
-
-# -- what is shown
-
-
-def _show(options: dict[str, Any], station: Generator | Receiver, start: Any) -> None:
-    """Run a test until its end or Ctrl-C; a live table on a terminal, a last one in any case."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(stderr=options["as_json"])
-    start()
-    deadline = time.monotonic() + options["seconds"] if options["receive"] and options["seconds"] else None
-    try:
-        if console.is_terminal:
-            before, then = station.report(), time.monotonic()
-            with Live(console=console, auto_refresh=False, transient=True) as live:
-                while _goes_on(station, deadline):
-                    _pause(station, deadline)
-                    now, report = time.monotonic(), station.report()
-                    live.update(table(report, before, now - then), refresh=True)
-                    before, then = report, now
-        else:
-            while _goes_on(station, deadline):
-                _pause(station, deadline)
-    except KeyboardInterrupt:
-        station.cease()
-    report = station.finish(wait=2.0 if station.traffics else 0.1)
-    if options["as_json"]:
-        click.echo(json.dumps(report.as_dict()))
-        return
-    modes = {getattr(port, "mode", "") for port in station.ports}
-    console.print(table(report, answered=modes != {"w"}, timed="r" not in modes))
-    if report.latency.total and "r" not in modes:
-        console.print("time on the way")
-        for line in report.latency.draw(max(console.width - 45, 10)):
-            console.print(f"  {line}", highlight=False)
-
-
-def _goes_on(station: Generator | Receiver, deadline: float | None) -> bool:
-    if deadline is not None and time.monotonic() >= deadline:
-        return False
-    return station.busy
-
-
-def _pause(station: Generator | Receiver, deadline: float | None) -> None:
-    """Until the next look, or the end if that is earlier."""
-    end = min(time.monotonic() + INTERVAL, deadline or float("inf"))
-    while time.monotonic() < end and station.busy:
-        time.sleep(0.005)
-
-
-def table(
-    report: Report, before: Report | None = None, seconds: float = 0.0, *, answered: bool = True, timed: bool = True
-) -> RenderableType:
-    """Streams with rates (over the `seconds` since `before`, else over all), and what came that is none of theirs.
-
-    Not answered: nothing can come, and not timed: from a capture the times on the way mean nothing.
-    """
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from libfp.gen.histogram import microseconds
-
-    def made(*titles: str) -> Table:
-        table = Table(box=None, pad_edge=True)
-        for number, title in enumerate(titles):
-            table.add_column(title, justify="right" if number else "left", no_wrap=True)
-        return table
-
-    counts = made("stream", "sent", "a second", "Mbit/s", "received", "lost", "%")
-    times = made("time on the way", "p50", "p99", "p99.9", "max", "twice", "reordered")
-    past = {one.port: one for one in before.streams} if before else {}
-    for one in report.streams:
-        then = past.get(one.port)
-        pps, bps = one.pps, one.bps
-        if then is not None and seconds:
-            pps = (one.sent - then.sent) / seconds
-            bps = 8 * (one.sent_bytes - then.sent_bytes + 4 * (one.sent - then.sent)) / seconds
-        lost = one.lost if report.signed else report.lost
-        received = one.received if report.signed else report.received
-        rates = [f"{pps:,.0f}", f"{bps / 1e6:,.1f}"] if one.seconds else ["", ""]
-        missing = [f"{received:,}", f"{lost:,}", f"{100 * lost / one.sent:.4g}" if one.sent else ""]
-        counts.add_row(one.port, f"{one.sent:,}", *rates, *(missing if answered else ()))
-        if one.latency.total:
-            found = [one.latency.percentile(percent) for percent in (50, 99, 99.9)]
-            texts = map(microseconds, (*found, one.latency.maximum)) if timed else [""] * 4
-            times.add_row(one.port, *texts, f"{one.duplicates:,}", f"{one.reordered:,}")
-    others = {"corrupted": report.corrupted, "late": report.late, "not of this test": report.stale}
-    others["not ours"] = report.foreign if report.signed else 0
-    full = sum(one.ring_full for one in report.streams)
-    line = ", ".join(f"{count:,} {name}" for name, count in others.items() if count)
-    parts: list[RenderableType] = [counts, *([times] if times.row_count else [])]
-    if line:
-        parts.append(Text(f" {line}"))
-    if full and before is None:
-        parts.append(Text(f" the port had no room {full:,} times: it took what is shown, no more"))
-    return Group(*parts)
-
-
-def _search(options: dict[str, Any], generator: Generator, searched: Sequence[tuple[str, Sequence[Traffic]]]) -> None:
-    """RFC 2544: each size, with its trials as they end, and a table."""
-    from rich.console import Console
-    from rich.live import Live
-
-    from libfp.gen.rfc2544 import throughput
-
-    as_json = options["as_json"]
-    console = Console(stderr=as_json)
-    found: list[Throughput] = []
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-
-        def told(size: str, trial: Trial) -> None:
-            report = trial.report
-            outcome = "enough" if trial.passed else "too much"
-            text = f"{size:>5} bytes: {report.pps:>13,.0f} a second, {report.lost:,} of {report.sent:,} lost: {outcome}"
-            if as_json:
-                fields = {"pps": round(report.pps), "sent": report.sent, "lost": report.lost, "passed": trial.passed}
-                click.echo(json.dumps({"event": "trial", "size": size, **fields}))
-            if console.is_terminal:
-                live.update(_throughputs([*found], text), refresh=True)
-            elif not as_json:
-                console.print(text, highlight=False, soft_wrap=True)
-
-        chosen = {"seconds": options["seconds"] or 2.0, "loss": options["loss"], "most": options["pps"]}
-        try:
-            for one in throughput(generator, searched, **chosen, resolution=options["resolution"], told=told):
-                found.append(one)
-                if as_json:
-                    click.echo(json.dumps({"event": "throughput", **one.as_dict()}))
-        finally:  # also of a search that was interrupted
-            live.stop()
-            if not as_json:
-                console.print(_throughputs(found))
-
-
-def _throughputs(found: Sequence[Throughput], now: str = "") -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from libfp.gen.histogram import microseconds
-
-    made = Table(box=None, pad_edge=True)
-    for title in ("frame", "packets a second", "Mbit/s", "loss %", "p50", "p99", "max", "trials"):
-        made.add_column(title, justify="right", no_wrap=True)
-    for one in found:
-        if one.best is None:
-            made.add_row(one.size, "none", "", "", "", "", "", f"{one.trials}")
-            continue
-        report = one.best.report
-        times = [report.latency.percentile(50), report.latency.percentile(99), report.latency.maximum]
-        row = [f"{one.size}{'*' * one.by_generator}", f"{report.pps:,.0f}", f"{report.bps / 1e6:,.1f}"]
-        made.add_row(*row, f"{100 * report.loss:.4g}", *map(microseconds, times), f"{one.trials}")
-    parts: list[RenderableType] = [made] if found else []
-    if any(one.by_generator for one in found):
-        parts.append(Text(" * as fast as it could be offered: the device may be faster"))
-    return Group(*parts, *([Text(f" {now}")] if now else []))

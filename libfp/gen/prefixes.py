@@ -11,26 +11,29 @@ import numpy as np
 
 from libfp.errors import BadInput
 
+REMEDY = "name a file with a prefix a line, such as 192.0.2.0/24"
 Prefixes = tuple[np.ndarray, np.ndarray]
 
 
 def read(path: str) -> dict[int, Prefixes]:
     """The prefixes at `path` by family (4, 6): addresses as rows of two u64 (high and low) and lengths, as they stand.
 
-    Of a line the first word counts; empty lines and what follows a # do not. IPv4 addresses are in the low word. Raises
-    BadInput that names the line.
+    Of a line the first word counts; empty lines, default routes and what follows a # do not. IPv4 addresses are in the
+    low word. Raises BadInput that names the line.
     """
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        text = data.decode()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "a text file") from None
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is no text", REMEDY) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", REMEDY) from None
     found: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split(maxsplit=1)
-        if not words:
+        if not words or words[0] == "default":
             continue
         try:
             family, address, length = _prefix(words[0])
@@ -38,7 +41,7 @@ def read(path: str) -> dict[int, Prefixes]:
             raise BadInput(f"{path}, line {number}: no prefix: {words[0]!r}", "such as 192.0.2.0/24") from None
         found[family].append((address, length))
     if not any(found.values()):
-        raise BadInput(f"{path} has no prefix", "one a line, such as 192.0.2.0/24")
+        raise BadInput(f"{path} has no prefix", REMEDY)
     return {family: _arrays(some) for family, some in found.items() if some}
 
 

@@ -49,12 +49,14 @@ class Stream:
         """Bits of frames sent a second, FCS included."""
         return 8 * (self.sent_bytes + FCS * self.sent) / self.seconds if self.seconds else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = ("port", "sent", "sent_bytes", "received", "received_bytes", "lost", "duplicates", "reordered")
-        told = {name: getattr(self, name) for name in (*names, "extent", "late", "ring_full")}
-        rates = {"seconds": round(self.seconds, 6), "pps": round(self.pps), "bps": round(self.bps)}
-        return {**told, **rates, "latency_us": self.latency.as_dict()}
+    def as_dict(self, signed: bool = True) -> dict[str, Any]:
+        """For JSON; not `signed`, without what cannot be told of one stream then."""
+        told = {name: getattr(self, name) for name in ("port", "sent", "sent_bytes", "ring_full")}
+        told |= {"seconds": round(self.seconds, 6), "pps": round(self.pps), "bps": round(self.bps)}
+        if not signed:
+            return told
+        names = ("received", "received_bytes", "lost", "duplicates", "reordered", "extent", "late")
+        return {**told, **{name: getattr(self, name) for name in names}, "latency_us": self.latency.as_dict()}
 
 
 @dataclass
@@ -139,5 +141,6 @@ class Report:
         names = ("packets", "sent", "received", "lost", "duplicates", "reordered", "late", "corrupted", "foreign")
         told = {name: getattr(self, name) for name in (*names, "stale")}
         rates = {"loss": self.loss, "seconds": round(self.seconds, 6), "pps": round(self.pps), "bps": round(self.bps)}
-        streams = [stream.as_dict() for stream in self.streams]
+        told["foreign"] *= self.signed
+        streams = [stream.as_dict(self.signed) for stream in self.streams]
         return {**told, **rates, "latency_us": self.latency.as_dict(), "ports": self.counters, "streams": streams}

@@ -18,6 +18,8 @@ from libfp.gen.station import Generator
 from libfp.gen.traffic import LEAST, RFC2544_SIZES, Traffic
 
 TRIALS = 30  # of one size, at most
+AGAIN = 3  # times a trial is made that sends nothing: on a busy machine a short one may be over before it begins
+FEWEST = 10  # packets of a trial that fails, after which none with fewer is made
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Throughput:
 
     `by_generator`: too little was lost at the generator's own highest rate, so the device may be faster. Where that was
     held up by the port (a full ring), the device, or the wire, has set the rate without losing: that is its rate.
+    `received`: packets, in all trials.
     """
 
     size: str
     best: Trial | None
     trials: int
     by_generator: bool
+    received: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,17 +64,24 @@ def search(
     most: float = 0.0,
     resolution: float = 0.01,
     told: Callable[[Trial], None] = lambda trial: None,
+    trying: Callable[[float], None] = lambda pps: None,
 ) -> Throughput:
     """The highest rate that loses at most the share `loss`, to within `resolution` of it.
 
     trial: sends at so many packets a second (0: as fast as may be) and says what came of it. most: packets a second to
-    begin with, 0: as fast as may be. told: is given each trial when it ends. Raises BadInput.
+    begin with, 0: as fast as may be. told: is given each trial when it ends; trying: its rate when it begins. Where not
+    a packet comes, the rate is divided by more, and the search ends at `FEWEST` packets. Raises BadInput.
     """
     if not 0 <= loss < 1 or not 0 < resolution < 1 or most < 0:
         raise BadInput(f"a loss of {loss:g}, a resolution of {resolution:g}", "shares: a loss of 0.001 is 0.1 %")
 
+    received = 0
+
     def attempt(pps: float) -> Trial:
-        report = trial(pps)
+        nonlocal received
+        trying(pps)
+        report = next((one for one in (trial(pps) for _ in range(AGAIN)) if one.sent), None) or trial(pps)
+        received += report.received
         made = Trial(pps, report, report.sent > 0 and report.loss <= loss)
         told(made)
         return made
@@ -78,25 +89,29 @@ def search(
     first = attempt(most)
     if first.passed:
         held_up = most == 0 and any(stream.ring_full for stream in first.report.streams)
-        return Throughput(size, first, 1, not held_up)
-    best: Trial | None = None
+        return Throughput(size, first, 1, not held_up, received)
+    best, worst = None, first
     low, high, count = 0.0, first.report.pps, 1
     following = high * (1 - first.report.loss)  # what came through: often it is that
     while high > 0 and high - low > resolution * high and count < TRIALS:
-        if not low < following < high:
+        if best is None and worst.report.sent <= FEWEST:
+            break
+        if best is None and not worst.report.received:
+            following = high / 32
+        elif not low < following < high:
             following = (low + high) / 2 if high < 2 * low or not low else (low * high) ** 0.5
         made = attempt(following)
         count += 1
         following = 0.0
         if not made.passed:
-            high = made.pps
+            high, worst = made.pps, made
             continue
         low = made.pps
         if best is None:
             following = low * (1 + resolution)  # often that is too much
         if best is None or made.report.pps >= best.report.pps:
             best = made
-    return Throughput(size, best, count, False)
+    return Throughput(size, best, count, False, received)
 
 
 def throughput(
@@ -109,6 +124,7 @@ def throughput(
     most: float = 0.0,
     resolution: float = 0.01,
     told: Callable[[str, Trial], None] = lambda size, trial: None,
+    trying: Callable[[str, float], None] = lambda size, pps: None,
 ) -> Iterator[Throughput]:
     """`search` for each of (name, traffic of each port), in trials of `seconds` (RFC 2544, 24: 60 for the result)."""
     for size, traffic in traffics:
@@ -120,7 +136,10 @@ def throughput(
         def say(made: Trial, size: str = size) -> None:
             told(size, made)
 
-        yield search(trial, size=size, loss=loss, most=most, resolution=resolution, told=say)
+        def begin(pps: float, size: str = size) -> None:
+            trying(size, pps)
+
+        yield search(trial, size=size, loss=loss, most=most, resolution=resolution, told=say, trying=begin)
 
 
 def traffics(traffic: Traffic, sizes: Sequence[int] = ()) -> list[tuple[str, Traffic]]:

@@ -17,12 +17,13 @@ from libfp.gen import arrivals, histogram, loop, pacing
 from libfp.gen.cable import Cable
 from libfp.gen.histogram import Histogram
 from libfp.gen.report import Report, Stream
-from libfp.gen.signature import first_word
+from libfp.gen.signature import FCS, first_word
 from libfp.gen.traffic import Schedule, Traffic
 from libfp.jit import Arena, clock_hz, load64, load_acquire64, store64, store_release64
 from libfp.jit.clock import now
 from libfp.jit.libc import address_of
 from libfp.packet.burst import BURST, BurstMemory
+from libfp.packet.headers import ETHERNET_SIZE
 from libfp.ports.frames import BlockWords, FrameMemory, OpenPort
 from libfp.ports.memif_rings import MemifRings
 from libfp.ports.memory import HEADROOM, MemoryPort
@@ -30,6 +31,7 @@ from libfp.ports.rings import COUNTER_NAMES, COUNTERS_SIZE, PortBlocks
 
 MOST_PORTS = 16
 FOREVER = 1 << 62
+LONGEST = 1e8  # seconds, three years: ticks of the clock have to fit
 QUIET = 0.05  # seconds without a packet, after which none is waited for any more
 STOP_SECONDS = 5.0
 _LEARNS = -1  # a stream that is not known yet
@@ -96,7 +98,7 @@ class Station:
     def _open(self) -> None:
         self._closers.append(self._close_schedules)
         self._make_schedules(self.traffics)
-        longest = max((one.longest for one in self.schedules), default=0)
+        longest = max((one.longest for one in (*self.schedules, *self.ports) if hasattr(one, "longest")), default=0)
         frame_size = 2048
         while frame_size < HEADROOM + -(-longest // 64) * 64:
             frame_size *= 2
@@ -156,6 +158,10 @@ class Station:
                 made.setdefault(traffic, Schedule(traffic))
             frames: FrameMemory | None = getattr(self, "frames", None)
             longest = max((one.longest for one in made.values()), default=0)
+            for port in self._sending:
+                if longest > getattr(port, "longest", longest):
+                    what = f"{port.name} carries frames of {port.longest + FCS:,} bytes, not of {longest + FCS:,}"
+                    raise BadInput(what, f"ip link set {port.name} mtu {longest - ETHERNET_SIZE}, or send shorter ones")
             if frames is not None and longest > frames.frame_size - HEADROOM:
                 raise BadInput(f"frames of {longest} bytes", "make the generator with the longest ones")
         except BaseException:
@@ -330,13 +336,14 @@ class Station:
         """Wait until everything is sent, then until it has come, or nothing has for 50 ms, `wait` seconds at most
         (RFC 2544, 23: two); end the test. A receiver waits for captures that it reads, and for that."""
         while self.sending or (self.running and not self._ceased and not self._sending and self._pending()):
-            self._check_ports()
+            self.check()
             time.sleep(0.001)
         self._settle(wait)
-        self._check_ports()
+        self.check()
         return self.stop()
 
-    def _check_ports(self) -> None:
+    def check(self) -> None:
+        """Raise what has befallen a port: a capture that cannot be written, or read."""
         for port in self.ports:
             failed = getattr(port, "failed", None)
             if failed is not None:
@@ -421,8 +428,8 @@ class Generator(Station):
     ) -> None:
         """Begin a test, each port at so many packets, or bits, a second (neither: as fast as it can), until `seconds`
         have passed or `packets` have been sent, or until `stop`. One that runs is stopped."""
-        if (seconds is not None and seconds <= 0) or (packets is not None and packets < 0):
-            raise BadInput(f"a test of {seconds} seconds, {packets} packets", "above 0")
+        if (seconds is not None and not 0 < seconds <= LONGEST) or (packets is not None and packets < 0):
+            raise BadInput(f"a test of {seconds} seconds, {packets} packets", f"above 0, and {LONGEST:g} s at most")
         self._begin(pps, bps, seconds, packets)
 
     def wait_connected(self, seconds: float = 10.0) -> None:

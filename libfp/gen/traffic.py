@@ -109,8 +109,10 @@ class Traffic:
         """Raise BadInput for what cannot be sent."""
         if not 1 <= self.flow_count <= FLOWS:
             raise BadInput(f"{self.flows} flows", f"1 to {FLOWS:,}")
-        if not 1 <= self.ttl <= 255 or self.zipf < 0:
-            raise BadInput(f"a TTL of {self.ttl}, a Zipf exponent of {self.zipf:g}", "1 to 255, and 0 or more")
+        if not 1 <= self.ttl <= 255 or not 0 <= self.zipf <= 100:
+            raise BadInput(f"a TTL of {self.ttl}, a Zipf exponent of {self.zipf:g}", "1 to 255, and 0 to 100")
+        if self.seed < 0:
+            raise BadInput(f"a seed of {self.seed}", "0 or more")
         if self.zipf and not self.prefixes:
             raise BadInput("a Zipf exponent without prefixes", "name a file of prefixes")
         if not set(self.used_families()) <= {4, 6}:

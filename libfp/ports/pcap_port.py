@@ -14,12 +14,13 @@ from typing import Literal
 from libfp.errors import BadInput, Error
 from libfp.ports.memory import MemoryPort
 from libfp.ports.pcap import Capture, PcapWriter
+from libfp.ports.pcapng import PcapngWriter
 
 IDLE = 0.001  # seconds between two looks at rings where nothing happens
 
 
 class PcapPort(MemoryPort):
-    """The capture at `path`, pcap or pcapng to read ("r"), pcap to write ("w"), by one worker.
+    """The capture at `path`, pcap or pcapng to read ("r"), pcap, or pcapng by that name, to write ("w"), by one worker.
 
     `busy`: there is still something to read, or to write. `failed`: why the thread has ended, if not by `leave`. Both
     are written by that thread. Opening raises BadInput.
@@ -73,7 +74,7 @@ class PcapPort(MemoryPort):
         except Error as error:
             self.failed = error
         except OSError as error:
-            self.failed = BadInput(f"{self.path}: {error.strerror}", "look at the disk")
+            self.failed = BadInput(f"{self.path}: {error.strerror}", "make room, or write elsewhere")
         finally:
             self.busy = False
 
@@ -90,7 +91,9 @@ class PcapPort(MemoryPort):
 
     def _write(self, file: object) -> None:
         with file as opened:  # type: ignore[attr-defined]
-            writer, wire = PcapWriter(opened), self.wires[0]
+            ng = self.path.endswith(".pcapng")
+            writer = PcapngWriter(opened, [self.name]) if ng else PcapWriter(opened)
+            wire = self.wires[0]
             while True:
                 ending = self._end.is_set()
                 packets = wire.collect()

@@ -11,7 +11,7 @@ from libfp.jit import memory
 from libfp.ports.frames import FrameMemory, OpenPort
 from libfp.ports.rings import RingAddresses
 from libfp.pyxdp import Attachment, Group, RingSizes, Steer, Umem
-from libfp.pyxdp.device import check
+from libfp.pyxdp.device import ETHERNET, check
 from libfp.pyxdp.rings import Ring
 from libfp.pyxdp.rss import SymmetricHashing
 
@@ -42,6 +42,11 @@ class XdpPort:
         self.attachment: Attachment | None = None
         self.hashing: SymmetricHashing | None = None
         self._fds: dict[int, int] = {}
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest frame that the interface carries, without FCS."""
+        return check(self.name).mtu + ETHERNET
 
     @staticmethod
     def open_all(ports: Sequence[XdpPort], queue: int, frames: FrameMemory) -> list[OpenPort]:

@@ -88,3 +88,6 @@ def test_an_interface_needs_to_know_for_whom_frames_are(net: tuple[Host, Host]) 
     refused = tester.run(command, check=False)
     assert refused.returncode == 2
     assert "--dst-mac" in refused.stderr
+    refused = tester.run([*command, "--dst-mac", "02:00:00:00:00:01", "--size", "1519"], check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "t0 carries frames of 1,518 bytes, not of 1,519" in refused.stderr

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from libfp import BadInput
-from libfp.cli import main
+from libfp.cli import gen_show, main
 from libfp.gen import Cable, Generator, Histogram, Report, Stream, Traffic, Virtual
 from libfp.gen.histogram import BUCKETS
 from libfp.gen.rfc2544 import Trial, search, throughput, traffics
@@ -49,6 +51,9 @@ def test_a_search_that_cannot_find_says_so() -> None:
     assert (always.by_generator, always.trials, always.best is not None) == (True, 1, True)
     never = search(lambda pps: report(1000, 0))
     assert (never.best, never.by_generator, never.as_dict()["pps"]) == (None, False, 0)
+    silent = search(lambda pps: report(round(2 * (pps or 1e6)), 0))
+    assert (silent.best, silent.received) == (None, 0)
+    assert silent.trials <= 7
     nothing = search(lambda pps: report(0, 0))
     assert nothing.best is None
     source = random.Random(1)
@@ -122,7 +127,11 @@ def test_the_command_searches_sends_and_prints(capsys: pytest.CaptureFixture[str
         ("memory --pps 1k --bps 1k", "two rates"), ("memory --prefixes /nope", "/nope"), ("memory --zipf 1", "Zipf"),
         ("memory --dst foo", "--dst"), ("memory --source 1.2.3.4 --source 1.2.3.5", "second"),
         ("memory --core 99", "core 99"), ("memory --rfc2544 --bps 1G", "--bps"),
-        ("memory --rfc2544 --loss 2", "shares"),
+        ("memory --rfc2544 --loss 2", "share"), ("memory --loss 0.1", "--rfc2544"), ("memory --seed -1", "seed"),
+        ("memory --seconds nan", "--seconds"), ("pcap:/dev/full --packets 5000", "No space"),
+        ("memory --source 10.0.0.1 --dst ::1", "two families"), ("memory -4 --dst ::1", "not sent"),
+        ("memory --pcap x -6", "-6"), ("memory --prefixes x --dst 10.0.0.1", "--dst"),
+        ("memory --dst-mac 02:00:00:00:00:01 --dst-mac 02:00:00:00:00:02", "2 times"),
         ("memory --pcap /etc/passwd", "pcap"), ("pcap:/nonexistent/x --packets 1", "cannot write"),
         ("pcap:/etc/passwd --receive", "pcap"), ("memory --receive --flows 3", "--flows"),
         ("memory pcap:/tmp/x --dst 10.0.0.0/8", "both ways"), ("memory -6 --size 64", "84"),
@@ -134,3 +143,18 @@ def test_what_cannot_be_is_one_line_and_status_2(capsys: pytest.CaptureFixture[s
     assert status == 2
     assert said in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_tables_are_whole_where_the_terminal_is_narrow() -> None:
+    """On 40 columns every figure is there, a line each; on 80 they are a table."""
+    counts = np.zeros(BUCKETS, np.int64)
+    counts[100] = 1_000_000
+    stream = Stream("eth0", 1_234_567_890, 0, 10.0, 1_234_567_889, 0, 0, 7, 0, 0, Histogram(counts, 1e9))
+    one = Report([stream], packets=1_234_567_889)
+    for width, lines in ((40, 14), (100, 4)):
+        to = io.StringIO()
+        Console(file=to, width=width).print(gen_show.table(width, one))
+        told = to.getvalue()
+        assert all(text in told for text in ("1,234,567,890", "1,234,567,889", "123,456,789", "reordered"))
+        assert "\u2026" not in told
+        assert (len(told.splitlines()), max(map(len, told.splitlines())) <= width) == (lines, True)
