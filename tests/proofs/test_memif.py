@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable
@@ -87,13 +88,14 @@ def no_call(router: Instance) -> None:
 
 def test_fp_router_forwards_between_memifs_without_a_system_call(names: list[str], tmp_path: Path, core: int) -> None:
     with ExitStack() as undo:
-        options = "--routes", str(tmp_path / "routes"), "--cores", str(core)
+        options = "--routes", str(tmp_path / "routes"), "--cores", str(core), "--profile"
         router = Instance.router(here(undo), undo, *names, *options, prefer="nothing")
         traffic(names, router, lambda: no_call(router))
         router.process.terminate()
         assert router.process.wait(10) == 0
         assert "forwarding between left, right" in router.said
         assert "no peer yet for left, right: it may come at any time" in router.said
+        assert re.search(r"ns a packet, of [\d,]+ packets in bursts of .*\n.* counters +\d", router.said)
         assert not (tmp_path / "left").exists()
 
 

@@ -165,7 +165,10 @@ def test_arguments_that_cannot_be(options: dict[str, Any], text: str) -> None:
     [
         ("memif:@x", "memif ports without routes: Linux has none that lead there; give --routes FILE"),
         ("memif:@x eth0 --routes R", "memif ports beside eth0; give it ports of one kind"),
-        ("memif:@x --routes R --only 10.0.0.0/8", "--only, --pcap and --out are not for memif ports; leave them out"),
+        ("memif:@x --routes R --only 10.0.0.0/8", "not for memif ports: --only; leave that out"),
+        ("memif:@x --routes R --mode skb --bypass", "not for memif ports: --bypass, --mode; leave that out"),
+        ("memif:@x,name= --routes R", "a memif port without a name; leave name= out, or give one"),
+        ("memif:@x,mode=9 --routes R", "'memif:@x,mode=9' does not parse at 'mode=9'; mode is octal, such as 600"),
         ("memif:@x,id=x --routes R", "'memif:@x,id=x' does not parse at 'id=x'; id is a number"),
         (
             "memif:@x,size=1 --routes R",
