@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,10 @@ BARS = " ▏▎▍▌▋▊▉"
 
 @contextmanager
 def named(text: str) -> Iterator[None]:
-    """Say what is being done, if it takes long."""
+    """Say what is being done, on a terminal and if it takes long."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
     timer = threading.Timer(PATIENCE, journal.say, (f"fp gen: {text}",))
     timer.daemon = True
     timer.start()
