@@ -16,7 +16,6 @@ from libfp.pyxdp.filters import Filter, Prefix
 CONFIG, SOCKETS, LOCAL, ONLY, LOCAL6, ONLY6 = range(6)  # the order of the maps given to emit.link
 
 CONFIG_SIZE = 32
-MARKER_AT, MARKER_SIZE = 16, 14
 LONGEST = 0x3FFF  # bytes: the largest frame limit that the program takes
 FAMILIES = {"ipv4": 1, "ipv6": 2}  # bits of the word that says which families are taken
 IPV4, IPV6 = socket.ntohs(0x0800), socket.ntohs(0x86DD)
