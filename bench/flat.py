@@ -25,7 +25,8 @@ from libfp.jit import (
 from libfp.packet.burst import FRAME, LENGTH
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.ports.rings import COMPLETION, CONSUMER, OWN, TX
-from libfp.stages.routes import HOP_SIZE, is_unusual
+from libfp.stages.next_hops import HOP_SIZE
+from libfp.stages.routes import is_unusual
 
 SIZE = 60  # the least Ethernet frame, without its checksum
 

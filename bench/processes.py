@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from libfp.engine.stats import StatsReader
@@ -129,9 +128,7 @@ class Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
         self._output.close()
 
@@ -170,12 +167,10 @@ class Router(Process):
         wait_until(forwards, START_LIMIT, "fp router to forward", interval=0.002)
         return time.monotonic() - self.began
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._reader is not None:
             self._reader.close()
-        super().__exit__(kind, value, trace)
+        super().__exit__(*exception)
 
 
 class Testpmd(Process):

@@ -12,7 +12,6 @@ import os
 import signal
 import struct
 import threading
-from types import TracebackType
 from typing import Self
 
 from libfp.pyxdp import bpf, emit, program
@@ -163,9 +162,7 @@ class Generator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._error = None
         self.stop()
         self._program.close()
@@ -192,8 +189,6 @@ class Sink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for one in (self._link, self._program, self._counts):
             one.close()

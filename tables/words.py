@@ -31,7 +31,6 @@ VERSION, SAFE = 96, 104  # commits so far; the latest of them that every worker 
 _FREE = 128  # heads of the lists of free blocks, by size
 TABLE = 2048  # what follows is the table's own
 
-_LARGEST = 136
 _LIMBO_SIZE = 1 << 20
 _PAGE_WORDS = PAGE // 8
 _CHUNK = 1 << 17  # words copied at a time: what fits the cache

@@ -29,14 +29,8 @@ from libfp.packet.verdict import KIND_SHIFT, PUNT, reason_code
 from libfp.stages.forwarding4 import source_is_valid
 from libfp.stages.icmp import FRAGMENTATION_NEEDED, TIME_EXCEEDED, TIME_EXCEEDED6, TOO_BIG6, UNREACHABLE, icmp_error
 from libfp.stages.multipath import path_of
-from libfp.stages.routes import (
-    ACTION_FORWARD,
-    ACTION_MULTIPATH,
-    HOP_SIZE,
-    LOCAL,
-    UNKNOWN,
-    RoutesView,
-)
+from libfp.stages.next_hops import ACTION_FORWARD, ACTION_MULTIPATH, HOP_SIZE, LOCAL, UNKNOWN
+from libfp.stages.routes import RoutesView
 
 EXPIRED = -1  # what is wrong with a packet, beside its size
 _UNLIMITED = 1 << 16

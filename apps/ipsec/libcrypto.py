@@ -21,7 +21,7 @@ from libfp.errors import BadInput, Unsupported
 from libfp.jit import Arena, call, kernel, load64, store64
 
 SIZE, NONCE, AAD = 128, 16, 32
-TAG_SIZE, SALT_SIZE, NONCE_SIZE = 16, 4, 12
+TAG_SIZE, SALT_SIZE = 16, 4
 
 _CTX, _SCRATCH, _PARAMS = 0, 8, 48
 _TAG_AT = _PARAMS + 16  # of an OSSL_PARAM: key, type, data, data_size, return_size

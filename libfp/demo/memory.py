@@ -28,7 +28,8 @@ def run(screen: Screen, seconds: float, why: str) -> Report:
     from libfp.engine import Pipeline
     from libfp.ports.memory import MemoryPort
     from libfp.stages import forward, parse
-    from libfp.stages.routes import Drop, Forward, Routes
+    from libfp.stages.next_hops import Drop, Forward
+    from libfp.stages.routes import Routes
 
     routes = Routes()
     for prefix, action in (

@@ -28,17 +28,8 @@ class Network:
     """
 
     def __init__(self, lab: Lab, queues: int = 1) -> None:
-        self.client, self.router, self.server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(self.client, "c0", self.router, "r0", queues=queues)
-        lab.link(self.router, "r1", self.server, "s0", queues=queues)
-        self.client.address("c0", f"{CLIENT}/24")
-        self.router.address("r0", "10.0.1.1/24")
-        self.router.address("r1", "10.0.2.1/24")
-        self.server.address("s0", f"{SERVER}/24")
-        self.client.route("default", via="10.0.1.1")
-        self.server.route("default", via="10.0.2.1")
+        self.client, self.router, self.server = lab.routed(queues=queues)
         self.router.route(BLACKHOLE, type="blackhole")
-        self.router.sysctl("net.ipv4.ip_forward", 1)
 
     def place(self) -> int | None:
         """Give the router's worker a core, and the ends of the traffic others; the worker's core, if there are two.

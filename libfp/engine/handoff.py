@@ -36,7 +36,7 @@ from libfp.engine.context import (
     Context,
 )
 from libfp.engine.settle import UNDECIDED, finish, settle
-from libfp.engine.tap import showing, tap_end, tap_move, tap_skip
+from libfp.engine.tap import move_up, showing, tap_end, tap_skip
 from libfp.jit import (
     call,
     kernel,
@@ -142,10 +142,7 @@ def lend(context: Context, burst: Burst, following: int) -> None:
                     tap_end(record, burst, i, verdict, 0)
                 continue
             verdict = why
-        if kept != i:
-            burst.move(i, kept)
-            if record != 0:
-                tap_move(record, i, kept)
+        move_up(record, burst, i, kept)
         store32(at + VERDICT + 4 * kept, verdict)
         kept += 1
     burst.count = kept
@@ -232,10 +229,7 @@ def give_back(context: Context, burst: Burst, following: int, all_of_them: bool)
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
         if verdict == LIVE and not all_of_them:
-            if kept != i:
-                burst.move(i, kept)
-                if record != 0:
-                    tap_move(record, i, kept)
+            move_up(record, burst, i, kept)
             kept += 1
             continue
         _write(lane.slot(2 * back), burst, i, following, verdict)  # there is room: the owner has counted

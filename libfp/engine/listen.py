@@ -11,7 +11,6 @@ import select
 import struct
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 from libfp.engine.control import Connection
@@ -90,9 +89,7 @@ class Listener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

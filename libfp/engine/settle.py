@@ -19,7 +19,7 @@ from libfp.engine.context import (
 from libfp.engine.punt import slots_of
 from libfp.engine.reasons import number_of, take_token
 from libfp.engine.slots import DELIVERED, OVER_RATE, RING_FULL
-from libfp.engine.tap import showing, tap_end, tap_move
+from libfp.engine.tap import move_up, showing, tap_end
 from libfp.jit import kernel, load32, load64, load64_in, shr64, store64, unlikely
 from libfp.packet.burst import FRAME, KIND, KIND_KEPT, LENGTH, VERDICT, Burst
 from libfp.packet.verdict import CONSUME, DROP, FORWARD, KIND_SHIFT, LIVE, PORT_MASK, PUNT, reason_code
@@ -65,10 +65,7 @@ def _carry_out(context: Context, burst: Burst, settled: int, common: int) -> Non
     for i in range(n):
         verdict = load32(at + VERDICT + 4 * i)
         if verdict == LIVE:
-            if kept != i:
-                burst.move(i, kept)
-                if record != 0:
-                    tap_move(record, i, kept)
+            move_up(record, burst, i, kept)
             kept += 1
             continue
         lost = DELIVERED

@@ -138,9 +138,12 @@ def tap_settled(tap: int) -> None:
 
 
 @kernel
-def tap_move(tap: int, i: int, j: int) -> None:
-    """Packet `i` of the burst is now packet `j`."""
-    store32(tap + _ORDER + 4 * j, load32(tap + _ORDER + 4 * i))
+def move_up(tap: int, burst: Burst, i: int, j: int) -> None:
+    """Packet `i` of the burst is packet `j` from here on; `tap` (or 0) is told."""
+    if i != j:
+        burst.move(i, j)
+        if tap != 0:
+            store32(tap + _ORDER + 4 * j, load32(tap + _ORDER + 4 * i))
 
 
 @kernel

@@ -69,7 +69,7 @@ AHEAD = 8  # packets
 
 #: Words of the tester, a line each for those of the control plane, those of the loop, and what does not change.
 STOP = 0
-NOW, TURNS, RUNNING = 64, 72, 80
+NOW, TURNS = 64, 72
 PORTS, SENDERS, STREAMS, FREE, UMEM, STEP, CABLES, SENDTO, SENDER_AT, STREAM_AT, CABLE_AT, ROOM = range(128, 224, 8)
 PACKETS, FOREIGN, CORRUPTED, STALE = range(256, 288, 8)
 SIZE = 320

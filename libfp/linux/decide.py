@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from libfp.linux import rtnetlink as rt
 from libfp.linux.state import State
-from libfp.stages.routes import Drop, Forward, Punt
+from libfp.stages.next_hops import Drop, Forward, Punt
 
 LOCAL, BROADCAST, MULTICAST = Punt("local"), Punt("broadcast"), Punt("multicast")
 NO_ROUTE, UNREACHABLE, PROHIBIT = Punt("no-route"), Punt("unreachable"), Punt("prohibit")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from libfp.engine.dissect import dissect
 from libfp.linux.decide import Via
-from libfp.stages.routes import Multipath
+from libfp.stages.next_hops import Multipath
 
 if TYPE_CHECKING:
     from libfp.linux.mirror import Mirror

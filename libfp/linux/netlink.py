@@ -15,7 +15,6 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from libfp.errors import Error, MissingCapability
@@ -166,9 +165,7 @@ class Netlink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from libfp.errors import TableFull
 from libfp.linux.decide import NO_NEIGHBOUR, VIA_LINUX, Paths, Via
 from libfp.linux.prefixes import PrefixMap, unique
 from libfp.linux.rtnetlink import Prefix
-from libfp.stages.routes import Action, Drop, Forward, Multipath, Punt, Routes
+from libfp.stages.next_hops import Action, Drop, Forward, Multipath, Punt
+from libfp.stages.routes import Routes
 
 Key = Via | Paths | Punt | Drop  # what a next hop is known by: a neighbour or several, or an action itself
 

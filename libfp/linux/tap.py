@@ -13,7 +13,6 @@ import fcntl
 import os
 import socket
 import struct
-from types import TracebackType
 from typing import Self
 
 from libfp.errors import AlreadyRunning, Unsupported
@@ -112,9 +111,7 @@ class Tap:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import struct
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Self
 
 from libfp.errors import TableFull
@@ -96,9 +95,7 @@ class PrefixSet:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

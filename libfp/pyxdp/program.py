@@ -16,7 +16,6 @@ from libfp.pyxdp.filters import Filter, Prefix
 CONFIG, SOCKETS, LOCAL, ONLY, LOCAL6, ONLY6 = range(6)  # the order of the maps given to emit.link
 
 CONFIG_SIZE = 32
-MARKER_AT, MARKER_SIZE = 16, 14
 LONGEST = 0x3FFF  # bytes: the largest frame limit that the program takes
 FAMILIES = {"ipv4": 1, "ipv6": 2}  # bits of the word that says which families are taken
 IPV4, IPV6 = socket.ntohs(0x0800), socket.ntohs(0x86DD)
@@ -53,6 +52,15 @@ def bounds(size: int, short: str) -> str:
     return _BOUNDS.format(size=size, short=short)
 
 
+def _load(base: str, *fields: tuple[str, str, int]) -> str:
+    """%NAME for each field behind the pointer `base`: name, type, offset. LLVM splits loads it takes for unaligned."""
+    return "".join(
+        f"  %{name}_at = getelementptr i8, ptr {base}, i64 {at}\n"
+        f"  %{name} = load {kind}, ptr %{name}_at{', align 8' if kind == 'i64' else ''}\n"
+        for name, kind, at in fields
+    )
+
+
 # The keys of longest-prefix maps are made at %key, a length (32 bits) and an address that begins on a whole word.
 _HEAD = f"""
 declare i64 @llvm.bpf.pseudo(i64, i64)
@@ -64,28 +72,14 @@ define i32 @libfp_steer(ptr %context) section "program" {{
   {bounds(34, "pass")}
   %config64 = call i64 @llvm.bpf.pseudo(i64 2, i64 {CONFIG})
   %config = inttoptr i64 %config64 to ptr
-  %dmac = load i32, ptr %packet
-  %dmac_rest_at = getelementptr i8, ptr %packet, i64 4
-  %dmac_rest = load i16, ptr %dmac_rest_at
-  %smac_at = getelementptr i8, ptr %packet, i64 6
-  %smac = load i16, ptr %smac_at
-  %smac_rest_at = getelementptr i8, ptr %packet, i64 8
-  %smac_rest = load i32, ptr %smac_rest_at
+  {_load("%packet", ("dmac", "i32", 0), ("dmac_rest", "i16", 4), ("smac", "i16", 6), ("smac_rest", "i32", 8))}
 """
 
 # What the punt path wrote into the TAP comes by here again in generic mode: its mark (14 bytes in front, laid out as an
 # Ethernet header with random addresses) comes off, and the frame goes on to Linux.
-_REINJECTED = """
-  %mark_dmac_at = getelementptr i8, ptr %config, i64 16
-  %mark_dmac = load i32, ptr %mark_dmac_at
-  %mark_dmac_rest_at = getelementptr i8, ptr %config, i64 20
-  %mark_dmac_rest = load i16, ptr %mark_dmac_rest_at
-  %mark_smac_at = getelementptr i8, ptr %config, i64 22
-  %mark_smac = load i16, ptr %mark_smac_at
-  %mark_smac_rest_at = getelementptr i8, ptr %config, i64 24
-  %mark_smac_rest = load i32, ptr %mark_smac_rest_at
-  %mark_type_at = getelementptr i8, ptr %config, i64 28
-  %mark_type = load i16, ptr %mark_type_at
+_REINJECTED = f"""
+  {_load("%config", ("mark_dmac", "i32", 16), ("mark_dmac_rest", "i16", 20))}
+  {_load("%config", ("mark_smac", "i16", 22), ("mark_smac_rest", "i32", 24), ("mark_type", "i16", 28))}
   %mark_1 = icmp eq i32 %dmac, %mark_dmac
   %mark_2 = icmp eq i16 %dmac_rest, %mark_dmac_rest
   %mark_3 = icmp eq i16 %smac, %mark_smac
@@ -115,9 +109,7 @@ _ETHERNET = f"""
   br i1 %too_long, label %pass, label %fits
 
 fits:
-  %mac = load i32, ptr %config
-  %mac_rest_at = getelementptr i8, ptr %config, i64 4
-  %mac_rest = load i16, ptr %mac_rest_at
+  {_load("%config", ("mac", "i32", 0), ("mac_rest", "i16", 4))}
   %mac_differs = xor i32 %dmac, %mac
   %mac_rest_differs = xor i16 %dmac_rest, %mac_rest
   %mac_rest_wide = zext i16 %mac_rest_differs to i32
@@ -147,14 +139,7 @@ ip:
   %ihl_short = shl i8 %ihl_words, 2
   %ihl = zext i8 %ihl_short to i64
   %ip_header = getelementptr i8, ptr %packet, i64 14
-  %fragment_at = getelementptr i8, ptr %packet, i64 20
-  %fragment = load i16, ptr %fragment_at
-  %protocol_at = getelementptr i8, ptr %packet, i64 23
-  %protocol = load i8, ptr %protocol_at
-  %src_at = getelementptr i8, ptr %packet, i64 26
-  %src = load i32, ptr %src_at
-  %dst_at = getelementptr i8, ptr %packet, i64 30
-  %dst = load i32, ptr %dst_at
+  {_load("%packet", ("fragment", "i16", 20), ("protocol", "i8", 23), ("src", "i32", 26), ("dst", "i32", 30))}
 """
 
 # A pin-hole leaves what is not IP at a closer look to Linux; the router takes it, to count it by name.
@@ -200,18 +185,8 @@ ip6_header:
   br i1 %cut, label %pass, label %ip6_whole
 
 ip6_whole:
-  %next_at = getelementptr i8, ptr %packet, i64 20
-  %next = load i8, ptr %next_at
-  %hops_at = getelementptr i8, ptr %packet, i64 21
-  %hops = load i8, ptr %hops_at
-  %src6_high_at = getelementptr i8, ptr %packet, i64 22
-  %src6_high = load i64, ptr %src6_high_at, align 8
-  %src6_low_at = getelementptr i8, ptr %packet, i64 30
-  %src6_low = load i64, ptr %src6_low_at, align 8
-  %dst6_high_at = getelementptr i8, ptr %packet, i64 38
-  %dst6_high = load i64, ptr %dst6_high_at, align 8
-  %dst6_low_at = getelementptr i8, ptr %packet, i64 46
-  %dst6_low = load i64, ptr %dst6_low_at, align 8
+  {_load("%packet", ("next", "i8", 20), ("hops", "i8", 21), ("src6_high", "i64", 22), ("src6_low", "i64", 30))}
+  {_load("%packet", ("dst6_high", "i64", 38), ("dst6_low", "i64", 46))}
   %icmp6 = icmp eq i8 %next, 58
   %fresh = icmp eq i8 %hops, 255
   %perhaps = and i1 %icmp6, %fresh

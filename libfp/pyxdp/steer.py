@@ -8,7 +8,6 @@ import logging
 import os
 import struct
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Literal, Self
 
 from libfp.errors import BadInput, InterfaceBusy, Unsupported
@@ -219,9 +218,7 @@ class Attachment:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -5,8 +5,9 @@
 from libfp.stages.flows import by_flow, flow_owner, symmetric_hash
 from libfp.stages.forwarding import forward, rewrite, route
 from libfp.stages.icmp import icmp_error
+from libfp.stages.next_hops import Drop, Forward, Multipath, NextHops, Punt
 from libfp.stages.parsing import parse, parse_again
-from libfp.stages.routes import Drop, Forward, Multipath, NextHops, Punt, Routes, RoutesView, out_port
+from libfp.stages.routes import Routes, RoutesView, out_port
 
 __all__ = [
     "Drop",

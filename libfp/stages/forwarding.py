@@ -37,13 +37,8 @@ from libfp.stages.forwarding4 import check, is_kept
 from libfp.stages.forwarding6 import forward6, look_up6
 from libfp.stages.ipv4_vector import ALL, forwardable8
 from libfp.stages.multipath import look_closer
-from libfp.stages.routes import (
-    CHECK_SOURCES,
-    HOP_SIZE,
-    PORT_REDIRECTS,
-    RoutesView,
-    out_port,
-)
+from libfp.stages.next_hops import HOP_SIZE
+from libfp.stages.routes import CHECK_SOURCES, PORT_REDIRECTS, RoutesView, out_port
 
 _IP = ETHERNET_SIZE
 

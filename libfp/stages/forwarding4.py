@@ -18,16 +18,12 @@ from libfp.packet.burst import (
 )
 from libfp.packet.checksum import checksum, is_ipv4_sum
 from libfp.packet.headers import ETHERNET_SIZE
+from libfp.stages.next_hops import ACTION_FORWARD, ACTION_MULTIPATH, HOP_SIZE, LOCAL, UNKNOWN
 from libfp.stages.routes import (
-    ACTION_FORWARD,
-    ACTION_MULTIPATH,
     CHECK_SOURCES,
-    HOP_SIZE,
-    LOCAL,
     PORT_ACCEPT_LOCAL,
     PORT_RPF_LOOSE,
     PORT_RPF_STRICT,
-    UNKNOWN,
     RoutesView,
     is_unusual,
 )

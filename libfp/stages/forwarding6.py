@@ -32,7 +32,8 @@ from libfp.packet.burst import (
 from libfp.packet.headers import ETHERNET_SIZE
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 from libfp.stages.multipath import look_closer
-from libfp.stages.routes import HOP_SIZE, RoutesView
+from libfp.stages.next_hops import HOP_SIZE
+from libfp.stages.routes import RoutesView
 
 _IP = ETHERNET_SIZE
 

@@ -25,8 +25,8 @@ from libfp.packet.headers import ETHERNET_SIZE, ETHERTYPE_IPV4, ETHERTYPE_IPV6, 
 from libfp.stages.notes import may_send_error
 from libfp.stages.routes import RoutesView
 
-UNREACHABLE, TIME_EXCEEDED = 3, 11  # ICMP types; their codes:
-NO_NET, NO_HOST, FRAGMENTATION_NEEDED, PROHIBITED = 0, 1, 4, 13
+UNREACHABLE, TIME_EXCEEDED = 3, 11  # ICMP types
+FRAGMENTATION_NEEDED = 4  # a code of the first
 UNREACHABLE6, TOO_BIG6, TIME_EXCEEDED6 = 1, 2, 3  # ICMPv6 types
 
 _MOST, _MOST6 = 576, 1280  # bytes of the whole packet: RFC 1812 4.3.2.3, RFC 4443 2.4 (c)

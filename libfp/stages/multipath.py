@@ -11,20 +11,9 @@ from libfp.jit import kernel, load8, load16, load16be, load32, load64, mul64, sh
 from libfp.packet.burst import KIND, KIND_KEPT, NEXT_HOP, Burst
 from libfp.packet.headers import ETHERNET_SIZE, FRAGMENT, ICMP, ICMPV6, IPV6_SIZE, TCP, UDP
 from libfp.packet.verdict import KIND_SHIFT, PUNT, reason_code
+from libfp.stages.next_hops import ACTION_FORWARD, ACTION_MULTIPATH, BUCKETS, HOP_SIZE
 from libfp.stages.notes import note
-from libfp.stages.routes import (
-    ACTION_FORWARD,
-    ACTION_MULTIPATH,
-    BUCKETS,
-    FIELD_DPORT,
-    FIELD_DST,
-    FIELD_LABEL,
-    FIELD_PROTOCOL,
-    FIELD_SPORT,
-    FIELD_SRC,
-    HOP_SIZE,
-    RoutesView,
-)
+from libfp.stages.routes import FIELD_DPORT, FIELD_DST, FIELD_LABEL, FIELD_PROTOCOL, FIELD_SPORT, FIELD_SRC, RoutesView
 
 # As sets of bits: a chain of comparisons may become a jump by way of a table.
 _WITH_PORTS = 1 << TCP | 1 << UDP | 1 << 33  # DCCP

@@ -27,7 +27,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 from libfp.errors import MissingCapability, Unsupported
@@ -125,9 +124,7 @@ class Lab:
         sweep()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -179,6 +176,21 @@ class Lab:
             host.up(name)
         for host, name in ((a, a_name), (b, b_name)):
             wait_until(lambda: host.has_carrier(name), what=f"carrier on {name}")  # noqa: B023
+
+    def routed(self, first: str = "r0", second: str = "r1", *, queues: int = 1) -> tuple[Host, Host, Host]:
+        """Hosts "client", "router" and "server", which Linux forwards between; the router's interfaces may have other
+        names, and each end of a wire so many queues.
+
+            client 10.0.1.2 (c0) -- r0 10.0.1.1 router r1 10.0.2.1 -- (s0) 10.0.2.2 server
+        """
+        client, router, server = (self.host(name) for name in ("client", "router", "server"))
+        for number, (host, end, port) in enumerate(((client, "c0", first), (server, "s0", second)), 1):
+            self.link(host, end, router, port, queues=queues)
+            router.address(port, f"10.0.{number}.1/24")
+            host.address(end, f"10.0.{number}.2/24")
+            host.route("default", via=f"10.0.{number}.1")
+        router.sysctl("net.ipv4.ip_forward", 1)
+        return client, router, server
 
 
 class Host:

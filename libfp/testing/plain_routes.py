@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from libfp.errors import TableFull
-from libfp.stages.routes import Action, Multipath, Punt
+from libfp.stages.next_hops import Action, Multipath, Punt
 
 
 class PlainFib:

@@ -193,27 +193,8 @@ class Talk:
 
 
 FLAGS = [
-    "S",
-    "SA",
-    "A",
-    "A",
-    "A",
-    "FA",
-    "R",
-    "RA",
-    "",
-    "SF",
-    "SR",
-    "F",
-    "FAU",
-    "AU",
-    "SU",
-    "PA",
-    "SAFR",
-    "P",
-    "SE",
-    "AE",
-]
+    "S", "SA", "A", "A", "A", "FA", "R", "RA", "", "SF", "SR", "F", "FAU", "AU", "SU", "PA", "SAFR", "P", "SE", "AE",
+]  # fmt: skip
 SEMBLANCE = [*["S", "SA"] * 3, *["A", "PA"] * 4, "FA", "FA", "R", "RA", "SAFR"]  # nearer to what ends do
 
 

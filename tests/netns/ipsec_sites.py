@@ -114,26 +114,31 @@ def harmless(frame: bytes) -> bool:
     return False
 
 
+def five_hosts(lab: Lab, workers: tuple[int, int]) -> tuple[Host, Host, Wire, Host, Host]:
+    """a, gw1, the wire, gw2, b: without addresses, their wires with a queue for each worker of the gateway there."""
+    a, gw1, between, gw2, b = (lab.host(name) for name in ("a", "gw1", "wire", "gw2", "b"))
+    for host, name, other, other_name, queues in (
+        (a, "a0", gw1, "l1", workers[0]),
+        (gw1, "w1", between, "x1", workers[0]),
+        (gw2, "w2", between, "x2", workers[1]),
+        (b, "b0", gw2, "l2", workers[1]),
+    ):
+        for scope in ("all", "default"):
+            host.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
+            between.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
+        host.sysctl("net.ipv6.conf.all.accept_dad", 0)
+        host.sysctl("net.ipv4.icmp_ratemask", 0)
+        host.sysctl("net.ipv6.icmp.ratelimit", 0)
+        lab.link(host, name, other, other_name, queues=queues)
+    return a, gw1, Wire(between, "x1", "x2"), gw2, b
+
+
 class Site:
     """The hosts, the wire, the files and the running gateways; `workers` says how many each of these has."""
 
     def __init__(self, lab: Lab, folder: Path, workers: tuple[int, int]) -> None:
         self.lab, self.folder, self.workers = lab, folder, workers
-        self.a, self.gw1, wire, self.gw2, self.b = (lab.host(name) for name in ("a", "gw1", "wire", "gw2", "b"))
-        for scope in ("all", "default"):
-            wire.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
-        for host, name, other, other_name, queues in (
-            (self.a, "a0", self.gw1, "l1", workers[0]),
-            (self.gw1, "w1", wire, "x1", workers[0]),
-            (self.gw2, "w2", wire, "x2", workers[1]),
-            (self.b, "b0", self.gw2, "l2", workers[1]),
-        ):
-            for scope in ("all", "default"):
-                host.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
-            host.sysctl("net.ipv6.conf.all.accept_dad", 0)
-            host.sysctl("net.ipv4.icmp_ratemask", 0)
-            host.sysctl("net.ipv6.icmp.ratelimit", 0)
-            lab.link(host, name, other, other_name, queues=queues)
+        self.a, self.gw1, self.wire, self.gw2, self.b = five_hosts(lab, workers)
         for number, (host, end, gateway, inside, outside) in enumerate(
             ((self.a, "a0", self.gw1, "l1", "w1"), (self.b, "b0", self.gw2, "l2", "w2"))
         ):
@@ -153,7 +158,6 @@ class Site:
             gateway.route(f"2001:db8:{there}::/48", via=OUTER[6][1 - number])
             gateway.sysctl("net.ipv4.ip_forward", 1)
             gateway.sysctl("net.ipv6.conf.all.forwarding", 1)
-        self.wire = Wire(wire, "x1", "x2")
         self.files = [folder / f"gw{number + 1}.toml" for number in range(2)]
         self.gateways: list[AppProcess] = []
         for number in range(2):

@@ -25,7 +25,7 @@ from libfp.testing.instance import Instance
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.probe import IcmpError, udp_probe
 from libfp.testing.traffic import tcp_transfer
-from tests.netns.ipsec_sites import Wire, harmless, is_esp
+from tests.netns.ipsec_sites import five_hosts, harmless, is_esp
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -53,17 +53,7 @@ WORKERS = ([1] if os.environ.get("LIBFP_FULL") else []) + [min(2, len(os.sched_g
 class Site:
     def __init__(self, lab: Lab, folder: Path, workers: int) -> None:
         self.folder, self.workers = folder, workers
-        self.a, self.gw1, wire, self.gw2, self.b = (lab.host(name) for name in ("a", "gw1", "wire", "gw2", "b"))
-        for host, name, other, other_name in (
-            (self.a, "a0", self.gw1, "l1"),
-            (self.gw1, "w1", wire, "x1"),
-            (self.gw2, "w2", wire, "x2"),
-            (self.b, "b0", self.gw2, "l2"),
-        ):
-            for scope in ("all", "default"):
-                host.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 0)
-            host.sysctl("net.ipv4.icmp_ratemask", 0)
-            lab.link(host, name, other, other_name, queues=workers)
+        self.a, self.gw1, self.wire, self.gw2, self.b = five_hosts(lab, (workers, workers))
         for number, (host, end, gateway) in enumerate(((self.a, "a0", self.gw1), (self.b, "b0", self.gw2))):
             for net in ((1,), (2, 3))[number]:
                 host.address(end, f"10.{net}.0.2/24")
@@ -79,7 +69,6 @@ class Site:
             (folder / f"gw{number + 1}.nft").write_text(rules)
             assert gateway.run(["nft", "-f", str(folder / f"gw{number + 1}.nft")]).returncode == 0
             self._write(number)
-        self.wire = Wire(wire, "x1", "x2")
         self.programs: list[Instance] = []
 
     def _write(self, number: int) -> None:

@@ -54,20 +54,11 @@ def line(process):
 def net():
     """client -- (eth0 router eth1) -- server; the client has 192.0.2.7, too."""
     with Lab() as lab:
-        client, router, server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(client, "c0", router, "eth0")
-        lab.link(router, "eth1", server, "s0")
-        client.address("c0", "10.0.1.2/24")
+        client, router, server = lab.routed("eth0", "eth1")
         client.address("c0", "192.0.2.7/32")
-        router.address("eth0", "10.0.1.1/24")
-        router.address("eth1", "10.0.2.1/24")
-        server.address("s0", "10.0.2.2/24")
-        server.address("s0", "10.0.3.2/32")
-        client.route("default", via="10.0.1.1")
-        server.route("default", via="10.0.2.1")
         router.route("192.0.2.7/32", via="10.0.1.2")
+        server.address("s0", "10.0.3.2/32")
         router.route("10.0.3.0/24", via="10.0.2.2")
-        router.sysctl("net.ipv4.ip_forward", 1)
         yield client, router, server
 
 

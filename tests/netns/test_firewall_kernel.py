@@ -28,9 +28,9 @@ from tests.netns.firewall_sides import MARKER, SEMBLANCE, Ours, Watched, Wire, a
 
 pytestmark = pytest.mark.timeout(180)
 
-# Segments that leave gaps, so that Linux's windows show, are rare: in none of these seeds.
-SEEDS = 15 if os.environ.get("LIBFP_FULL") else 2
+SEEDS = 30 if os.environ.get("LIBFP_FULL") else 2
 COUNT = 300  # packets a seed
+WINDOWS = "stateful", 19  # rules and seed: see the last test
 HEAD = f"""flush ruleset
 table inet filter {{
   set blocked {{ type ipv4_addr; flags interval; elements = {{ 10.0.1.32/27, 10.0.2.38-10.0.2.47 }} }}
@@ -145,18 +145,25 @@ def apply(linux: Wire, firewall: Watched, text: str) -> None:
     wait_until(taken_over)
 
 
+def compare(linux: Wire, firewall: Watched, rules: str, seed: int) -> Counter[str]:
+    """The same packets in both worlds, where these rules are; how often the firewall has decided what."""
+    dice, outcomes = random.Random(f"{rules}{seed}"), Counter[str]()
+    first = 34_000 + 10_000 * firewall.net.workers + 1000 * list(RULESETS).index(rules) + 20 * seed  # of ports
+    for step, (side, frame, name) in enumerate(packets(dice, COUNT, mixed(dice, first), SEMBLANCE if seed % 3 else ())):
+        expected = linux.send(side, frame)
+        made = firewall.send_as(side, frame, len(expected))
+        assert made == expected, f"seed {seed}, packet {step}: {name} from side {side}, {firewall.outcome}"
+        outcomes[firewall.outcome] += 1
+    return outcomes
+
+
 @pytest.mark.parametrize("rules", RULESETS)
-def test_what_comes_out_is_what_comes_out_of_linux(linux: Wire, firewall: Watched, workers: int, rules: str) -> None:
+def test_what_comes_out_is_what_comes_out_of_linux(linux: Wire, firewall: Watched, rules: str) -> None:
     apply(linux, firewall, HEAD % RULESETS[rules])
-    outcomes, base = Counter[str](), 34_000 + 10_000 * workers + 1000 * list(RULESETS).index(rules)
+    outcomes = Counter[str]()
     for seed in range(SEEDS):
-        dice = random.Random(f"{rules}{seed}")
-        flags = SEMBLANCE if seed % 3 else ()
-        for step, (side, frame, name) in enumerate(packets(dice, COUNT, mixed(dice, base + 20 * seed), flags)):
-            expected = linux.send(side, frame)
-            made = firewall.send_as(side, frame, len(expected))
-            assert made == expected, f"seed {seed}, packet {step}: {name} from side {side}, {firewall.outcome}"
-            outcomes[firewall.outcome] += 1
+        if (rules, seed) != WINDOWS:
+            outcomes += compare(linux, firewall, rules, seed)
     assert outcomes["forward"] > COUNT // 3, outcomes
     assert outcomes["drop filtered"] > COUNT // 10, outcomes
     assert outcomes["punt fragment"], outcomes
@@ -175,3 +182,12 @@ def test_linux_does_not_know_the_flows_of_the_fast_path(linux: Wire, firewall: W
     assert [len(linux.send(1, one)) for one in (first, second)] == [0, 2]
     assert [len(firewall.send_as(1, one, 0)) for one in (first, second)] == [0, 0]
     assert firewall.punts["fragment"] == before + 2
+
+
+@pytest.mark.skipif(WINDOWS[1] >= SEEDS, reason="LIBFP_FULL=1 runs it")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Linux knows TCP windows, be liberal or not: a reset out "
+                   "of them does not end its connection, but ours")  # fmt: skip
+def test_a_reset_after_gaps(linux: Wire, firewall: Watched) -> None:
+    """A known difference. The last test: the two worlds differ from here on."""
+    apply(linux, firewall, HEAD % RULESETS[WINDOWS[0]])
+    compare(linux, firewall, *WINDOWS)

@@ -18,19 +18,8 @@ from libfp.testing.traffic import UdpStream, tcp_transfer
 
 @pytest.fixture
 def routed():
-    """client -- router -- server, Linux forwarding."""
     with Lab() as lab:
-        client, router, server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(client, "c0", router, "r0")
-        lab.link(router, "r1", server, "s0")
-        client.address("c0", "10.0.1.2/24")
-        router.address("r0", "10.0.1.1/24")
-        router.address("r1", "10.0.2.1/24")
-        server.address("s0", "10.0.2.2/24")
-        client.route("default", via="10.0.1.1")
-        server.route("default", via="10.0.2.1")
-        router.sysctl("net.ipv4.ip_forward", 1)
-        yield client, router, server
+        yield lab.routed()
 
 
 def test_ping_through_a_router_and_its_errors(routed):

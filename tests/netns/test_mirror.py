@@ -15,7 +15,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import LIVE, Mirror
 from libfp.linux.netlink import NLM_F_CREATE, Interrupted, Netlink, attribute
 from libfp.linux.state import Changes, State
-from libfp.stages.routes import Drop, Forward, Multipath, Punt
+from libfp.stages.next_hops import Drop, Forward, Multipath, Punt
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.plain_routes import Action, PlainRoutes
 

@@ -26,7 +26,7 @@ from libfp.linux.mirror import LIVE, Mirror
 from libfp.linux.netlink import Netlink, attribute, request
 from libfp.linux.verify import handler, verify
 from libfp.stages import forward, parse
-from libfp.stages.routes import Punt
+from libfp.stages.next_hops import Punt
 from libfp.testing.netns import Lab, wait_until
 from libfp.testing.plain_routes import PlainRoutes
 from libfp.testing.router import Crossroads, RouterProcess

@@ -15,7 +15,8 @@ from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 from libfp.linux.state import State
 from libfp.linux.verify import Verification, compare, verify
-from libfp.stages.routes import Drop, Forward, Multipath, Punt, Routes
+from libfp.stages.next_hops import Drop, Forward, Multipath, Punt
+from libfp.stages.routes import Routes
 from libfp.testing.netns import Host, Lab, wait_until
 
 LINKS = ("r0", "r1", "r2")

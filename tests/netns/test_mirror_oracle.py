@@ -19,7 +19,7 @@ from libfp.linux import rtnetlink as rt
 from libfp.linux.mirror import Mirror
 from libfp.linux.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 from libfp.linux.state import USABLE
-from libfp.stages.routes import Drop, Forward, Multipath, Punt
+from libfp.stages.next_hops import Drop, Forward, Multipath, Punt
 from libfp.testing.netns import Host, Lab, wait_until
 from libfp.testing.plain_routes import PlainRoutes
 

@@ -27,18 +27,7 @@ class Net:
     """client (10.0.1.2) - r0 router r1 - server (10.0.2.2); `heard` is a socket of the server's."""
 
     def __init__(self, lab: Lab) -> None:
-        self.client, self.router, self.server = lab.host("client"), lab.host("router"), lab.host("server")
-        lab.link(self.client, "c0", self.router, "r0")
-        lab.link(self.router, "r1", self.server, "s0")
-        for host, name, address in (
-            (self.client, "c0", "10.0.1.2/24"),
-            (self.router, "r0", "10.0.1.1/24"),
-            (self.router, "r1", "10.0.2.1/24"),
-            (self.server, "s0", "10.0.2.2/24"),
-        ):
-            host.address(name, address)
-        self.server.route("default", via="10.0.2.1")
-        self.router.sysctl("net.ipv4.ip_forward", 1)
+        self.client, self.router, self.server = lab.routed()
         self.heard = self.server.socket()
         self.heard.bind(("10.0.2.2", PORT))
         self.heard.settimeout(5)

@@ -27,18 +27,9 @@ def lab(request):
     how many queues a wire has."""
     queues = getattr(request, "param", 1)
     with Lab() as lab:
-        client, router, server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(client, "c0", router, "eth0", queues=queues)
-        lab.link(router, "eth1", server, "s0", queues=queues)
-        client.address("c0", "10.0.1.2/24")
+        client, router, server = lab.routed("eth0", "eth1", queues=queues)
         client.address("c0", "192.0.2.7/32")
-        router.address("eth0", "10.0.1.1/24")
-        router.address("eth1", "10.0.2.1/24")
-        server.address("s0", "10.0.2.2/24")
-        client.route("default", via="10.0.1.1")
-        server.route("default", via="10.0.2.1")
         router.route("192.0.2.7/32", via="10.0.1.2")
-        router.sysctl("net.ipv4.ip_forward", 1)
         yield client, router, server
 
 

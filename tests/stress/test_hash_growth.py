@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 
 from libfp.engine.replicas import Replicas, drain
 from libfp.jit import INTERPRETED, Arena, call, kernel, load64, load_acquire64, mul64, pause, store64, store_release64
-from libfp.jit.libc import address_of
 from libfp.tables import Hash
+from tests.stress.turning import STOP, TURNS, turning, until
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(180)]
 KEYS = 2_000 if INTERPRETED else 60_000
-SCHED_YIELD = address_of("sched_yield")
-STOP, TURNS, MISSED, ASKED, ROOM = 0, 8, 16, 24, 64
+MISSED, ASKED, ROOM = 16, 24, 64
 ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
@@ -49,36 +45,16 @@ def test_a_worker_misses_no_key_while_the_table_grows(mailbox: int) -> None:
     table = Hash("i64", "i64", capacity=KEYS + 1)
     replicas, shared = Replicas([table], mailbox=mailbox), Arena(4096)
     table[0] = 0
-    replicas.reset()
-    arguments = replicas.mailbox, replicas.view(table), shared.address, SCHED_YIELD
-    store64(shared.address + STOP, 1)
-    _worker(*arguments)  # compile
-    store64(shared.address + STOP, 0)
-    worker = threading.Thread(target=_worker, args=arguments, daemon=True)
-    worker.start()
-    try:
+    with turning(_worker, replicas, [table], shared.address):
         for i in range(1, KEYS + 1):
             table[(i * ODD + (1 << 63)) % (1 << 64) - (1 << 63)] = i
             if i % 16 == 0:
                 table[0] = i
                 replicas.flush()
             if i % 256 == 0:
-                _until(lambda: len(replicas._ring) < mailbox // 2)  # most of it is to come by the log
-        _until(lambda: replicas.flush() and replicas.acknowledged())
-        seen = load_acquire64(shared.address + TURNS)
-        _until(lambda: load_acquire64(shared.address + TURNS) > seen + 1)
-    finally:
-        store_release64(shared.address + STOP, 1)
-        worker.join(30)
+                until(lambda: len(replicas._ring) < mailbox // 2)  # most of it is to come by the log
     assert load64(shared.address + MISSED) == 0
     assert load64(shared.address + ASKED) > 0
     assert replicas.copies == 0 or mailbox == 256
     replicas.stop()
     replicas.close()
-
-
-def _until(done) -> None:
-    deadline = time.monotonic() + 30
-    while not done():
-        assert time.monotonic() < deadline, "the worker does not answer"
-        call(SCHED_YIELD, 0, 0, 0, 0, 0, 0)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import pytest
 
 from libfp.engine.replicas import Replicas, drain
 from libfp.jit import INTERPRETED, Arena, call, kernel, load64, load_acquire64, pause, store64, store_release64
-from libfp.jit.libc import address_of
 from libfp.tables import Hash, Lpm4
+from tests.stress.turning import STOP, TURNS, turning
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(180)]
 CHANGES = 300 if INTERPRETED else 8_000
 LENGTHS = [20, 24, 24, 28, 32, 18] if INTERPRETED else [13, 16, 18, 20, 24, 24, 28, 32]
 PREFIX = 10 << 24
-SCHED_YIELD = address_of("sched_yield")
-STOP, TURNS, WRONG, FOUND = 0, 8, 16, 24
+WRONG, FOUND = 16, 24
 
 
 @kernel
@@ -49,21 +46,8 @@ def test_a_route_never_leads_to_an_unknown_next_hop(mailbox):
     hops[1] = 7
     fib.set(PREFIX, 12, 1)
     shared = Arena(64)
-    replicas.reset()
-    arguments = replicas.mailbox, replicas.view(fib), replicas.view(hops), shared.address, SCHED_YIELD
-    store64(shared.address + STOP, 1)
-    _worker(*arguments)  # compile
-    store64(shared.address + STOP, 0)
-    worker = threading.Thread(target=_worker, args=arguments, daemon=True)
-    worker.start()
-    try:
+    with turning(_worker, replicas, [fib, hops], shared.address):
         _churn(rng, fib, hops, replicas)
-        _settle(replicas)
-        seen = load_acquire64(shared.address + TURNS)
-        _until(lambda: load_acquire64(shared.address + TURNS) > seen + 1)
-    finally:
-        store_release64(shared.address + STOP, 1)
-        worker.join(30)
     assert load64(shared.address + WRONG) == 0
     assert load64(shared.address + FOUND) > 0
     assert mailbox > 64 or replicas.copies > 0, "a small mailbox overflows"
@@ -85,9 +69,7 @@ def _churn(rng: random.Random, fib: Lpm4, hops: Hash, replicas: Replicas) -> Non
                 fib.remove(*route)
             del hops[hop]
         else:
-            length = (
-                rng.choice([13, 16, 18, 20, 24, 24, 28, 32]) if not INTERPRETED else rng.choice([18, 20, 24, 28, 32])
-            )
+            length = rng.choice(LENGTHS)
             address = PREFIX + (rng.getrandbits(18) >> (32 - length) << (32 - length))
             owner = next((one for one, routes in users.items() if (address, length) in routes), None)
             if owner is None:
@@ -101,14 +83,3 @@ def _churn(rng: random.Random, fib: Lpm4, hops: Hash, replicas: Replicas) -> Non
             fib.load(addresses, lengths, values)
         if turn % 16 == 15:
             replicas.flush()
-
-
-def _settle(replicas: Replicas) -> None:
-    _until(lambda: replicas.flush() and replicas.acknowledged())
-
-
-def _until(done) -> None:
-    deadline = time.monotonic() + 30
-    while not done():
-        assert time.monotonic() < deadline, "the worker does not answer"
-        call(SCHED_YIELD, 0, 0, 0, 0, 0, 0)

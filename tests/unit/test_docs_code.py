@@ -242,18 +242,9 @@ def matches(shown: str, said: str) -> bool:
 def network() -> Iterator[list[Any]]:
     """client ── (eth0 router eth1) ── server, and this thread in the router."""
     with Lab() as lab:
-        client, router, server = (lab.host(name) for name in ("client", "router", "server"))
-        lab.link(client, "c0", router, "eth0")
-        lab.link(router, "eth1", server, "s0")
-        client.address("c0", "10.0.1.2/24")
-        router.address("eth0", "10.0.1.1/24")
-        router.address("eth1", "10.0.2.1/24")
-        server.address("s0", "10.0.2.2/24")
-        client.route("default", via="10.0.1.1")
-        server.route("default", via="10.0.2.1")
-        router.sysctl("net.ipv4.ip_forward", 1)
-        with router.enter():
-            yield [client, router, server]
+        hosts = lab.routed("eth0", "eth1")
+        with hosts[1].enter():
+            yield list(hosts)
 
 
 def needs_root(page: Path) -> bool:

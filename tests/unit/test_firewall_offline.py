@@ -34,7 +34,6 @@ default via 192.0.2.1 dev wan
 fd00::/8 via fe80::2 dev lan
 """
 INSIDE, OUTSIDE, INSIDE6, OUTSIDE6 = "10.1.1.1", "198.51.100.1", "fd00::1", "2001:db8::1"
-ON = TCP(sport=5, dport=80)
 
 
 def tcp(flags: str, sport: int = 5000, dport: int = 80) -> Any:

@@ -16,7 +16,7 @@ from libfp.linux.fib import Fib
 from libfp.linux.netlink import NLM_F_APPEND
 from libfp.linux.rtnetlink import Hop, Link, Neighbour, Prefix, Route
 from libfp.linux.state import Changes, State
-from libfp.stages.routes import Drop, Forward, Multipath, Punt
+from libfp.stages.next_hops import Drop, Forward, Multipath, Punt
 from libfp.testing.plain_routes import Action, PlainRoutes
 
 PORTS = {2: 0, 3: 1}  # link 4 is no port

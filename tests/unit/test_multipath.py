@@ -11,16 +11,8 @@ import pytest
 from libfp import Pipeline
 from libfp.errors import BadInput, TableFull
 from libfp.stages import Drop, Forward, Multipath, Punt, Routes, forward, parse
-from libfp.stages.routes import (
-    BUCKETS,
-    FIELD_DPORT,
-    FIELD_DST,
-    FIELD_LABEL,
-    FIELD_PROTOCOL,
-    FIELD_SPORT,
-    FIELD_SRC,
-    share,
-)
+from libfp.stages.next_hops import BUCKETS, share
+from libfp.stages.routes import FIELD_DPORT, FIELD_DST, FIELD_LABEL, FIELD_PROTOCOL, FIELD_SPORT, FIELD_SRC
 from libfp.testing import icmp_error, ipv4, ipv6, udp
 
 pytestmark = pytest.mark.timeout(300)
