@@ -6,8 +6,9 @@ cffi with it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from libfp.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -36,44 +37,13 @@ if TYPE_CHECKING:
     from libfp.errors import Unsupported as Unsupported
     from libfp.linux import Linux as Linux
 
-_ERRORS = (
-    "AlreadyRunning",
-    "BadInput",
-    "CacheNotPrivate",
-    "Error",
-    "FrameTooSmall",
-    "InterfaceBusy",
-    "InterfaceDown",
-    "MissingCapability",
-    "NoAnswer",
-    "NoSuchInstance",
-    "NoSuchInterface",
-    "NotCacheable",
-    "PeerGone",
-    "PeerLied",
-    "PeerUnsuitable",
-    "PolicyConflict",
-    "StageError",
-    "TableFull",
-    "UnsuitableInterface",
-    "Unsupported",
-)
-_HOME = {
-    "Linux": "libfp.linux",
-    "Pipeline": "libfp.engine",
-    "stage": "libfp.engine",
-    **dict.fromkeys(_ERRORS, "libfp.errors"),
-}
-
-__all__ = ["__version__", *_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__, __getattr__, __dir__ = lazy(__name__, {
+    "engine": "Pipeline stage",
+    "linux": "Linux",
+    "errors": """
+        AlreadyRunning BadInput CacheNotPrivate Error FrameTooSmall InterfaceBusy InterfaceDown MissingCapability
+        NoAnswer NoSuchInstance NoSuchInterface NotCacheable PeerGone PeerLied PeerUnsuitable PolicyConflict StageError
+        TableFull UnsuitableInterface Unsupported
+    """,
+})  # fmt: skip
+__all__ += ["__version__"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from libfp.lazy import lazy
 
 if TYPE_CHECKING:
     from libfp.engine.application import Application as Application
@@ -16,32 +17,10 @@ if TYPE_CHECKING:
     from libfp.engine.stats import Counters as Counters
     from libfp.engine.worker import Worker as Worker
 
-_HOME = {
-    "Application": "application",
-    "Bindable": "decorator",
-    "BoundStage": "decorator",
-    "Counters": "stats",
-    "Outcome": "pipeline",
-    "Pipeline": "pipeline",
-    "Stage": "decorator",
-    "Worker": "worker",
-    "stage": "decorator",
-}
-
-__all__ = [
-    "Application",
-    "Bindable",
-    "BoundStage",
-    "Counters",
-    "Outcome",
-    "Pipeline",
-    "Stage",
-    "Worker",
-    "stage",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"libfp.engine.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__, __dir__ = lazy(__name__, {
+    "application": "Application",
+    "decorator": "Bindable BoundStage Stage stage",
+    "pipeline": "Outcome Pipeline",
+    "stats": "Counters",
+    "worker": "Worker",
+})  # fmt: skip

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from libfp.lazy import lazy
 
 if TYPE_CHECKING:
     from libfp.gen.cable import Cable as Cable
@@ -33,31 +34,12 @@ if TYPE_CHECKING:
     from libfp.gen.traffic import RFC2544_SIZES as RFC2544_SIZES
     from libfp.gen.traffic import Traffic as Traffic
 
-_HOME = {
-    "Generator": "station",
-    "Receiver": "station",
-    "Sink": "sink",
-    "Station": "station",
-    "Traffic": "traffic",
-    "IMIX": "traffic",
-    "RFC2544_SIZES": "traffic",
-    "Throughput": "rfc2544",
-    "Trial": "rfc2544",
-    "search": "rfc2544",
-    "throughput": "rfc2544",
-    "traffics": "rfc2544",
-    "Report": "report",
-    "Stream": "report",
-    "Histogram": "histogram",
-    "Cable": "cable",
-    "loopback": "station",
-    "Virtual": "station",
-}
-
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"libfp.gen.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__, __dir__ = lazy(__name__, {
+    "station": "Generator Receiver Station Virtual loopback",
+    "sink": "Sink",
+    "traffic": "Traffic IMIX RFC2544_SIZES",
+    "rfc2544": "Throughput Trial search throughput traffics",
+    "report": "Report Stream",
+    "histogram": "Histogram",
+    "cable": "Cable",
+})  # fmt: skip

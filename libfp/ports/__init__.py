@@ -7,8 +7,9 @@ writing captures loads neither numba nor the rest of libfp.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from libfp.lazy import lazy
 
 if TYPE_CHECKING:
     from libfp.ports.frames import FrameMemory as FrameMemory
@@ -24,25 +25,12 @@ if TYPE_CHECKING:
     from libfp.ports.pcapng import PcapngWriter as PcapngWriter
     from libfp.ports.xdp import XdpPort as XdpPort
 
-_HOME = {
-    "XdpPort": "xdp",
-    "MemifPort": "memif",
-    "MemoryPort": "memory",
-    "Wire": "memory",
-    "Port": "frames",
-    "OpenPort": "frames",
-    "FrameMemory": "frames",
-    "Capture": "pcap",
-    "Frame": "pcap",
-    "PcapWriter": "pcap",
-    "PcapngWriter": "pcapng",
-    "PcapPort": "pcap_port",
-}
-
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"libfp.ports.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__, __dir__ = lazy(__name__, {
+    "xdp": "XdpPort",
+    "memif": "MemifPort",
+    "memory": "MemoryPort Wire",
+    "frames": "Port OpenPort FrameMemory",
+    "pcap": "Capture Frame PcapWriter",
+    "pcapng": "PcapngWriter",
+    "pcap_port": "PcapPort",
+})  # fmt: skip
