@@ -10,9 +10,16 @@ up for, or more than `size` beyond it.
 
 from __future__ import annotations
 
-from libfp.jit import inline, kernel, load_acquire64, store_release64
+from libfp.jit import inline, kernel, load_acquire64, prefetch, prefetch_write, store_release64
 
 STEPS = 16  # marks that are followed at a time, even if fewer do
+
+
+@kernel
+@inline
+def aim(marks, size, index):  # type: ignore[no-untyped-def]
+    """Have the line brought that `mark` will store to: while the elements are copied, not after."""
+    prefetch_write(marks + 8 * (index & (size - 1)))
 
 
 @kernel
@@ -27,13 +34,21 @@ def mark(marks, size, index, count):  # type: ignore[no-untyped-def]
 def follow(marks, size, index, wanted):  # type: ignore[no-untyped-def]
     """Up to where all is done from `index`, where a claim began; no further than some marks beyond `wanted` slots.
 
-    Acquires what was done to them.
+    Acquires what was done to them. Each mark says where the next one is, so their lines, which are in the other side's
+    caches, would come one after the other: a miss a claim. Claims mostly are of one length, so the first one's tells
+    which lines to ask for at once.
     """
     at, steps = index, 0
     while steps < STEPS or at - index < wanted:
         end = load_acquire64(marks + 8 * (at & (size - 1)))
-        if end - at <= 0 or end - at > size:
+        length = end - at
+        if length <= 0 or length > size:
             break
+        if steps == 0 and length > 1:
+            further = length
+            while further < min(STEPS * length, size):
+                prefetch(marks + 8 * ((at + further) & (size - 1)))
+                further += length
         at = end
         steps += 1
     return at

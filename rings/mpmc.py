@@ -29,7 +29,7 @@ from libfp.jit import (
     word,
 )
 from libfp.jit.primitive import signed64
-from libfp.rings.marks import follow, mark
+from libfp.rings.marks import aim, follow, mark
 from libfp.rings.ring import Ring
 from libfp.rings.slots import ahead, bring, put, take
 
@@ -117,6 +117,7 @@ class MpmcView:
     def _enqueue(self, source, count, least):  # type: ignore[no-untyped-def]
         count, index = self.reserve(count, least)
         if count > 0:
+            aim(self.base + _MARKS, self.size, index)
             at = (index & (self.size - 1)) * self.element
             put(self.slots, self.size * self.element, at, source, count * self.element)
             self.commit(index, count)
@@ -126,6 +127,7 @@ class MpmcView:
     def _dequeue(self, target, count, least):  # type: ignore[no-untyped-def]
         count, index = self.peek(count, least)
         if count > 0:
+            aim(self.read, self.size, index)
             at = (index & (self.size - 1)) * self.element
             there = (load_acquire64(self.base + _CONSUMERS + _KNOWN) - index - count) * self.element
             end = ((index + count) & (self.size - 1)) * self.element

@@ -31,7 +31,7 @@ from libfp.jit import (
     word,
 )
 from libfp.jit.primitive import signed64
-from libfp.rings.marks import follow, mark
+from libfp.rings.marks import aim, follow, mark
 from libfp.rings.ring import Ring
 from libfp.rings.slots import ahead, put, rest, take
 
@@ -116,6 +116,7 @@ class MpscView:
     def _enqueue(self, source, count, least):  # type: ignore[no-untyped-def]
         count, index = self.reserve(count, least)
         if count > 0:
+            aim(self.base + _MARKS, self.size, index)
             at = (index & (self.size - 1)) * self.element
             put(self.slots, self.size * self.element, at, source, count * self.element)
             self.commit(index, count)
