@@ -19,6 +19,7 @@ import pytest
 
 from libfp import Pipeline, stage
 from libfp.jit import load32
+from libfp.jit.memory import known
 from libfp.ports.memif import MemifPort
 from libfp.testing.memif import MemifPeer
 from libfp.testing.testpmd import Testpmd, Vdev, installed
@@ -213,8 +214,9 @@ def test_either_side_restarts_under_load(socket: str, role: Any, cores: list[int
     assert app.counters.ports["link0"]["rx_errors"] == app.counters.ports["link1"]["rx_errors"] == 0
 
 
-def what_is_open() -> tuple[int, int, int]:
-    return open_files(), threading.active_count(), maps()
+def what_is_open() -> tuple[int, int, int, int]:
+    """Files, threads, mappings shared with a peer, and all the memory that compiled code may reach."""
+    return open_files(), threading.active_count(), maps(), len(known())
 
 
 def maps() -> int:
