@@ -31,6 +31,9 @@ _AHEAD = 2
 # Groups whose entries are compared before the tags of second buckets are looked at: these have come by then, and the
 # entries they name come while the other groups are compared.
 _TURN = 2
+# Buckets beyond which entries are mostly far away, and are asked for in the second cache: the nearest one's few buffers
+# are left to tags then (4 M entries: 5 percent faster; 1 M: 7 percent slower).
+_LARGE = 1 << 18
 
 
 def _at(builder: Any, address: Any, words: int) -> Any:
@@ -84,6 +87,8 @@ class _Table:
         self.secrets = [_word(builder, builder.add(base, ir.Constant(I64, SECRETS + 8 * i))) for i in range(words)]
         self.span, self.edge = (_word(builder, builder.add(base, ir.Constant(I64, one))) for one in (SPAN, EDGE))
         self.span = builder.and_(self.span, same(WORDS, HALF))
+        span = builder.extract_element(self.span, ir.Constant(HALVES.element, 0))
+        self.large = builder.icmp_unsigned(">", span, ir.Constant(I64, _LARGE))
 
     def keys(self, at: Any) -> list[Any]:
         """The eight keys at an address: a vector for each of their words."""
@@ -208,8 +213,11 @@ def _emitter(groups: int) -> Any:
             hashed, bucket, tags_at, tags = asked[i]
             found.append(table.candidates(hashed, tags))
             places.append(table.places(bucket, found[i], tags_at))
-            with builder.if_then(_any(builder, found[i])):
-                _prefetch(builder, places[i], 2)  # the few buffers of the nearest are left to the tags to come
+            with builder.if_then(_any(builder, found[i])), builder.if_else(table.large) as (yes, no):
+                with yes:
+                    _prefetch(builder, places[i], 2)
+                with no:
+                    _prefetch(builder, places[i])
             shift = builder.add(builder.and_(builder.lshr(hashed, same(WORDS, 8)), same(WORDS, 7)), same(WORDS, 56))
             there = mask(builder, builder.trunc(builder.lshr(tags, shift), _TRUTHS))
             second = builder.or_(second, builder.shl(there, ir.Constant(I64, LANES * i)))
