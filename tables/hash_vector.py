@@ -260,7 +260,8 @@ def _emitter(groups: int) -> Any:
             if i == _TURN:
                 ask()
             with builder.if_then(_any(builder, found[i])):
-                hit, value = table.settle(table.keys(at[i]), *asked[i][1:3], places[i], found[i])
+                _hashed, bucket, tags_at, _tags = asked[i]
+                hit, value = table.settle(table.keys(at[i]), bucket, tags_at, places[i], found[i])
                 store(builder, to[i], builder.select(hit, value, defaults))
         if groups <= _TURN:
             ask()
