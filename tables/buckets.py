@@ -3,7 +3,7 @@
     secrets (8 words, a line)     what the hash adds to the words of a key
     span, edge (a line)           how many buckets there are: see below
     tags (a word each bucket)     of its seven entries; the highest byte: which of its keys are in their second
-    entries                       seven each bucket: a key and its value
+    entries                       seven each bucket: a key, its value, and maybe room to the next: see `entry_words`
 
 A tag is 8 bits of the key's hash, 0 for an empty slot, so that one comparison of a word finds the candidates among
 seven. A key is in one of two buckets, which two parts of its hash choose. Bit i of the highest byte of the first says
@@ -25,7 +25,7 @@ each word plus a secret one, whose products vector instructions have, and then M
 
 from __future__ import annotations
 
-from libfp.jit import ctz64, kernel, load64, mul64, shr64, store64, without_lowest64
+from libfp.jit import ctz64, kernel, load64, mul64, shr64, without_lowest64
 
 SLOTS = 7
 SECRETS = 0  # byte offset of the secrets, one for each word of a key
@@ -39,7 +39,14 @@ K, K2, K3 = 0x2D358DCCAA6C78A5, 0x4B33A62ED433D4A3, 0x6A5D39EAE12657AB
 
 def table_size(buckets: int, words: int) -> int:
     """Bytes of a table of so many buckets for keys of so many words."""
-    return first_entry(buckets) + buckets * SLOTS * 8 * (words + 1)
+    return first_entry(buckets) + buckets * SLOTS * 8 * entry_words(words)
+
+
+def entry_words(words: int) -> int:
+    """The words of an entry: the key's, its value, and what keeps it within a line if that is a third or less."""
+    if words == 2:
+        return 4
+    return 8 if 5 <= words <= 7 else words + 1
 
 
 def first_entry(buckets: int) -> int:
@@ -47,7 +54,8 @@ def first_entry(buckets: int) -> int:
     return TAGS + (8 * buckets + 63 & ~63)
 
 
-entries_at = kernel(first_entry)  # for compiled code: called from Python it would be compiled at every start
+# For compiled code: called from Python they would be compiled at every start.
+entries_at, size_of = kernel(first_entry), kernel(entry_words)
 
 
 @kernel
@@ -124,7 +132,7 @@ def elsewhere(tags, hashed):  # type: ignore[no-untyped-def]
 @kernel
 def entry_of(base, buckets, words, bucket, slot):  # type: ignore[no-untyped-def]
     """The address of an entry."""
-    return base + entries_at(buckets) + (SLOTS * bucket + slot) * 8 * (words + 1)
+    return base + entries_at(buckets) + (SLOTS * bucket + slot) * 8 * size_of(words)
 
 
 @kernel
@@ -204,12 +212,3 @@ def value_at(base, buckets, words, key, default):  # type: ignore[no-untyped-def
     """The value of the key in memory at address `key`, or `default`."""
     place = find_at(base, buckets, words, key)
     return load64(entry_of(base, buckets, words, place >> 3, place & 7) + 8 * words) if place >= 0 else default
-
-
-@kernel
-def search_on(base, buckets, words, keys, results, default, more):  # type: ignore[no-untyped-def]
-    """Look up, one by one, those of 64 keys at `keys` whose bits are set in `more`."""
-    while more != 0:
-        i = ctz64(more)
-        store64(results + 8 * i, value_at(base, buckets, words, keys + 8 * words * i, default))
-        more = without_lowest64(more)

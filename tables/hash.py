@@ -1,4 +1,4 @@
-"""Exact match: keys of 1 to 8 words to values of one word; a lookup reads one cache line, or two or three.
+"""Exact match: keys of 1 to 8 words to values of one word; a lookup reads a cache line of tags and one of entries.
 
 See `libfp.tables.buckets` for the layout.
 """
@@ -20,10 +20,10 @@ from libfp.tables.buckets import (
     SLOTS,
     SPAN,
     TAGS,
+    entry_words,
     find_word,
     find_words,
     first_entry,
-    search_on,
     table_size,
     value_at,
 )
@@ -45,20 +45,16 @@ def _lookup_burst(self, keys, results, count):  # type: ignore[no-untyped-def]
 def _get_burst(self, keys, results, count, default):  # type: ignore[no-untyped-def]
     """`get` of `count` keys at `keys`, `words` int64 each, one key after another; the int64 values go to `results`.
 
-    64 at a time, so that they wait for memory side by side: their hashes, the tags of their buckets, and then the
-    entries those name. Keys that are in their second bucket come last. The two must not overlap.
+    64 at a time, so that they wait for memory side by side: for the tags of their buckets, and then for the entries
+    those name. Keys that are in their second bucket come last. The two must not overlap.
     """
     base, buckets, size = load64(self.cell), self.buckets, 8 * self.words
     whole = 0 if BOUNDSCHECK else count & ~7  # vectors are not checked
     many = whole & ~63
     for i in range(0, many, 64):
-        at, to = keys + size * i, results + 8 * i
-        more = lookup64(base, buckets, self.words, at, to, default)
-        search_on(base, buckets, self.words, at, to, default, more)
+        lookup64(base, buckets, self.words, keys + size * i, results + 8 * i, default)
     for i in range(many, whole, 8):
-        at, to = keys + size * i, results + 8 * i
-        more = lookup8(base, buckets, self.words, at, to, default)
-        search_on(base, buckets, self.words, at, to, default, more)
+        lookup8(base, buckets, self.words, keys + size * i, results + 8 * i, default)
     for i in range(whole, count):
         store64(results + 8 * i, value_at(base, buckets, self.words, keys + size * i, default))
 
@@ -120,9 +116,10 @@ class Hash(Table, MutableMapping[Any, Any]):
     or bytes in wire order, and come out as text (addresses) or ints. Compiled code uses `view`, whose keys are host
     order: an int64, or for keys of several words a tuple of int64.
 
-    Memory is reserved for `capacity` at 0.9 full, 19 bytes an entry for keys of one word and 9 for each more, and
-    populated by use; the master takes 5 bytes an entry more. A table begins small. When it is 0.9 full it doubles, up
-    to `capacity`, two buckets with each new entry: never more than 200 words in a transaction, and nobody waits.
+    Memory is reserved for `capacity` at 0.9 full and populated by use: 19 bytes an entry for keys of one word, 37 for
+    two or three, 46 for four, 73 for five to seven, 82 for eight; the master takes 5 bytes an entry more. A table
+    begins small. When it is 0.9 full it doubles, up to `capacity`, two buckets with each new entry: never more than
+    200 words in a transaction, and nobody waits.
     Raises TableFull beyond `capacity`, BadInput for a key or value not of its type, KeyError as a dict does.
     """
 
@@ -157,7 +154,7 @@ class Hash(Table, MutableMapping[Any, Any]):
 
     def _extents(self) -> list[tuple[int, int]]:
         span, entries = load64(self._words.arena.address + SPAN), first_entry(self._buckets) // 8
-        return [(0, TAGS // 8 + span), (entries, entries + span * SLOTS * (self._key.words + 1))]
+        return [(0, TAGS // 8 + span), (entries, entries + span * SLOTS * entry_words(self._key.words))]
 
     def view_for(self, cell: int) -> HashView | WideHashView:
         """See `Table.view_for`."""

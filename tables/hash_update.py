@@ -21,6 +21,7 @@ from libfp.tables.buckets import (
     hash_at,
     matching,
     second_bucket,
+    size_of,
     tag_of,
 )
 from libfp.tables.words import BASE, TABLE, get, put, seal
@@ -47,7 +48,7 @@ def _tags(block, bucket):  # type: ignore[no-untyped-def]
 @kernel
 def _entry(block, bucket, slot):  # type: ignore[no-untyped-def]
     """The word offset of an entry."""
-    return (entries_at(load64(block + BUCKETS)) >> 3) + (SLOTS * bucket + slot) * (load64(block + WORDS) + 1)
+    return (entries_at(load64(block + BUCKETS)) >> 3) + (SLOTS * bucket + slot) * size_of(load64(block + WORDS))
 
 
 @kernel
