@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench import rib
+from bench import l3fwd, rib
 from bench.harness import Case
 from bench.processes import add_pages, prefer, preferred
 from libfp.errors import Error, Unsupported
@@ -51,7 +50,7 @@ HUGE_PAGES = 128
 INSTALL = "apt-get install -y dpdk"
 _numbers = itertools.count()
 
-#: Case -> frames, what libfp does, what testpmd does, the claim.
+#: Case -> frames, what libfp does, what testpmd does (or that it is l3fwd), the claim.
 CASES: dict[str, tuple[Any, str, str, float | None]] = {
     "64 macswap": (64, "macswap", "macswap", 1.2),
     "64 one route": (64, "one route", "macswap", 1.0),
@@ -60,6 +59,7 @@ CASES: dict[str, tuple[Any, str, str, float | None]] = {
     "1518 macswap": (1518, "macswap", "macswap", 1.0),
     "imix macswap": (IMIX, "macswap", "macswap", 1.0),
     "64 io": (64, "io", "io", None),
+    "64 one route, l3fwd": (64, "one route", "l3fwd", None),
 }
 
 
@@ -107,6 +107,19 @@ class Ours:
         self._process.communicate()
 
 
+def pages(stack: ExitStack) -> tuple[Sequence[str], bool]:
+    """EAL's options for memory, and whether it is in huge pages."""
+    added = add_pages(HUGE_PAGES)
+    stack.callback(add_pages, -added)
+    huge = added == HUGE_PAGES
+    return (("--in-memory", "-m", "256") if huge else testpmd.SMALL_PAGES), huge
+
+
+def servers(sockets: Sequence[str]) -> list[testpmd.Vdev]:
+    """A peer's ports."""
+    return [testpmd.Vdev(one, "server", ring_log2=RING.bit_length() - 1, buffer_size=BUFFER) for one in sockets]
+
+
 class Theirs:
     """testpmd in a mode, as it is fastest: on 2 MiB pages if it can have them, in bursts of 256.
 
@@ -117,12 +130,8 @@ class Theirs:
     """
 
     def __init__(self, stack: ExitStack, mode: str, sockets: Sequence[str], burst: int) -> None:
-        added = add_pages(HUGE_PAGES)
-        stack.callback(add_pages, -added)
-        self.huge = added == HUGE_PAGES
-        memory = ("--in-memory", "-m", "256") if self.huge else testpmd.SMALL_PAGES
-        options = [f"--burst={burst}"]
-        vdevs = [testpmd.Vdev(one, "server", ring_log2=RING.bit_length() - 1, buffer_size=BUFFER) for one in sockets]
+        memory, self.huge = pages(stack)
+        vdevs, options = servers(sockets), [f"--burst={burst}"]
         self._testpmd = stack.enter_context(
             testpmd.Testpmd(vdevs, mode=mode, core=DUT_CORE, memory=memory, options=options)
         )
@@ -274,7 +283,13 @@ class Race:
 
     def theirs(self, mode: str, burst: int = BURST) -> Side:
         name = mode if burst == BURST else f"{mode} {burst}"
-        return self._side(("theirs", name), lambda sockets: Theirs(self._stack, mode, sockets, burst))
+
+        def make(sockets: Sequence[str]) -> Device:
+            if mode == "l3fwd":
+                return l3fwd.L3fwd(self._stack, servers(sockets), DUT_CORE, pages(self._stack)[0])
+            return Theirs(self._stack, mode, sockets, burst)
+
+        return self._side(("theirs", name), make)
 
     def _side(self, name: tuple[str, str], make: Callable[[Sequence[str]], Device], ports: int = 2) -> Side:
         if name not in self._sides:
@@ -298,8 +313,8 @@ class Race:
         (folder / "keys").write_text("\n".join(lines) + "\n")
         return str(folder / "keys")
 
-    def case(self, name: str, peer: bool) -> Case:
-        """A case of `CASES`: rates, with the generator's own measured in between."""
+    def case(self, name: str, peer: str) -> Case:
+        """A case of `CASES` beside `peer`, if any: rates, with the generator's own measured in between."""
         size, kind, mode, bar = CASES[name]
         alone, rates, lost = list[float](), {"ours": list[float](), "theirs": list[float]()}, dict[str, float]()
 
@@ -332,15 +347,17 @@ class Race:
             shares = ", ".join(f"{who} {100 * max(share, 0):.2g} %" for who, share in lost.items())
             case.about += f"; lost in the last round: {shares}; {self._about(size, kind, mode)}"
             if bar is not None and not counts:
-                case.about += f"; so {bar:g} of testpmd is not judged"
+                case.about += f"; so {bar:g} of {peer} is not judged"
 
         common: dict[str, Any] = {"bench": "memif", "case": name, "unit": "Mpps", "better": "higher", "bar": bar}
-        with_peer: dict[str, Any] = {"peer": "testpmd", "theirs": theirs} if peer else {}
+        with_peer: dict[str, Any] = {"peer": peer, "theirs": theirs} if peer else {}
         case = Case(ours=ours, **with_peer, **common)
         return case
 
     def _about(self, size: Any, kind: str, mode: str) -> str:
-        said = [f"testpmd {mode} in bursts of {BURST}, the fastest that was found"]
+        said = ["l3fwd"]
+        if mode != "l3fwd":
+            said = [f"testpmd {mode} in bursts of {BURST}, the fastest that was found"]
         side = self._sides.get(("theirs", mode))
         if side is not None and isinstance(side.device, Theirs):
             said.append("2 MiB pages" if side.device.huge else "4 KiB pages, since no 2 MiB could be had")
@@ -413,12 +430,6 @@ def steal() -> list[int]:
     return [int(row[8]) for core in (GENERATOR_CORE, DUT_CORE) for row in rows if row[0] == f"cpu{core}"]
 
 
-def without_l3fwd() -> str:
-    """Why DPDK's l3fwd is no side."""
-    there = "" if shutil.which("dpdk-l3fwd") else "Debian packages neither program nor source, and "
-    return f"not l3fwd: {there}it takes no port that does not verify checksums, as net_memif's do not"
-
-
 def cases() -> Iterator[Case]:
     """`CASES`, and latency. Without testpmd libfp alone, and no latency."""
     if not {GENERATOR_CORE, DUT_CORE} <= os.sched_getaffinity(0):
@@ -426,13 +437,17 @@ def cases() -> Iterator[Case]:
     peer = testpmd.installed()
     print(
         f"memif: generator on core {GENERATOR_CORE} (clients), device on core {DUT_CORE} (servers), rings of {RING}, "
-        f"buffers of {BUFFER} bytes, one queue; {without_l3fwd()}"
+        f"buffers of {BUFFER} bytes, one queue"
+        + ("" if l3fwd.program() else "; without l3fwd, which Debian does not package: L3FWD=/where/it/is")
         + ("" if peer else f"; without its peer {testpmd.PROGRAM}: {INSTALL}"),
         file=sys.stderr,
     )
     with preferred({GENERATOR_CORE}), ExitStack() as stack:
         race = Race(stack)
-        for name in CASES:
-            yield race.case(name, peer)
+        for name, (_, _, mode, _) in CASES.items():
+            if mode != "l3fwd":
+                yield race.case(name, "testpmd" if peer else "")
+            elif l3fwd.program():
+                yield race.case(name, mode)
         if peer:
             yield from race.latencies()
