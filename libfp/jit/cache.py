@@ -33,7 +33,7 @@ from libfp.jit.policy import BOUNDSCHECK, INTERPRETED, cannot_keep, kernel
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HOT = ("jit", "packet", "ports", "engine", "stages", "rings", "tables", "linux", "gen")
-_KEEP_SECONDS = 30 * 24 * 3600
+KEEP_SECONDS = 30 * 24 * 3600
 _generating = threading.RLock()
 
 # Where functions are whose module is not in `sys.modules` (run by exec, or from a file by importlib), says numba; and
@@ -53,14 +53,15 @@ def directory() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for one in (path, path / "__pycache__"):
             one.mkdir(mode=0o700, exist_ok=True)
-            _refuse_shared(one)
+            refuse_shared(one)
         _refuse_open_parents(path)
     except OSError as error:
         raise cannot_keep(path, error) from None
     return path
 
 
-def _refuse_shared(path: Path) -> None:
+def refuse_shared(path: Path) -> None:
+    """Raises CacheNotPrivate if another user owns the directory or can write to it."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         why = "is a symbolic link: name the directory itself"
@@ -86,13 +87,18 @@ def _refuse_open_parents(path: Path) -> None:
 @functools.cache
 def base_digest() -> str:
     """The hash of libfp's hot sources, the compilers and the processor: part of every generated module's name."""
-    digest = hashlib.sha256()
-    for folder in _HOT:
-        for path in sorted((_ROOT / folder).glob("**/*.py")):
-            digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    digest = hashlib.sha256(_sources(*_HOT).encode())
     for text in (numba.__version__, llvmlite.__version__, sys.version, *_processor()):
         digest.update(text.encode() + b"\0")
     digest.update(bytes([BOUNDSCHECK]))
+    return digest.hexdigest()
+
+
+def _sources(*folders: str) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((_ROOT / folder).glob("**/*.py")):
+            digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -110,6 +116,14 @@ def is_hot(module: str) -> bool:
     """Whether the module's source is part of `base_digest`."""
     package, _, rest = module.partition(".")
     return package == "libfp" and rest.partition(".")[0] in _HOT
+
+
+@functools.cache
+def digest_of(module: str) -> str:
+    """Of all the source that code of this module can be made of, where that is libfp's; else empty."""
+    if module.startswith("libfp.apps."):
+        return base_digest() + _sources("apps")
+    return base_digest() if is_hot(module) else ""
 
 
 def generate(name: str, source: str, inputs: str, scope: dict[str, Any] | None = None) -> ModuleType:
@@ -163,7 +177,7 @@ def _import(module_name: str, path: Path, scope: dict[str, Any]) -> None:
 
 def _prune(folder: Path) -> None:
     """Remove modules that are old, then numba's files that have lost their module."""
-    oldest = time.time() - _KEEP_SECONDS
+    oldest = time.time() - KEEP_SECONDS
     compiled = list((folder / "__pycache__").iterdir())  # before the modules: each was there before its files
     kept = set()
     for path in [*folder.glob("*.py"), *folder.glob(".*")]:
