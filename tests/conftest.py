@@ -20,7 +20,8 @@ settings.load_profile("libfp")
 TOGETHER = (
     "unit", "model", "proofs/test_machine_code.py", "stress/test_replicas.py", "stress/test_rings.py",
     "stress/test_shared_ring.py", "proofs/test_memif.py", "netns/test_ethtool.py", "netns/test_example_gateway.py",
-    "netns/test_examples.py", "netns/test_firewall_nft.py", "netns/test_guard.py", "netns/test_ipsec_policies.py",
+    "netns/test_examples.py", "netns/test_firewall_nft.py", "netns/test_firewall_run.py",
+    "netns/test_guard.py", "netns/test_ipsec_policies.py",
     "netns/test_ipsec_readme.py", "netns/test_linux.py", "netns/test_mirror.py", "netns/test_mirror_ipv6.py",
     "netns/test_mirror_oracle.py", "netns/test_probe.py", "netns/test_punt.py", "netns/test_pyxdp.py",
     "netns/test_readme.py", "netns/test_router_errors.py", "netns/test_router_multipath.py",
@@ -28,9 +29,13 @@ TOGETHER = (
     "netns/test_router_watch.py", "netns/test_steer.py", "netns/test_steer_program.py",
     # what these compile, others find compiled
     "netns/test_demo.py::test_demo_without_its_capabilities_runs_over_memory_ports_and_says_why",
-    "netns/test_firewall_run.py::test_hits_of_each_rule",
     "netns/test_router_life.py::test_options_and_events",
     "netns/test_router_workers.py::test_more_workers_than_queues_are_refused",
+    # what these say does not depend on who else runs
+    "netns/test_demo.py::test_a_demo_that_is_interrupted_removes_everything",
+    "netns/test_router_life.py::test_interrupted_at_any_stage",
+    "netns/test_router_life.py::test_interrupted_twice", "netns/test_router_life.py::test_killed",
+    "netns/test_router_workers.py::test_an_application_with_a_dead_worker_ends",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import ipaddress
 import json
+import os
 import socket
 import struct
 import threading
@@ -131,18 +132,19 @@ def test_verify_names_what_differs(net: Net) -> None:
 
 def test_verify_as_a_command(net: Net) -> None:
     """From another process's point of view: a question to the running instance, and its answer shown."""
+    name = f"verified-{os.getpid()}"
     with (
         net.router.enter(),
         Linux(*net.PORTS) as linux,
-        Pipeline(parse, forward(linux)).start(linux.ports, idle="park", name="verified") as app,
+        Pipeline(parse, forward(linux)).start(linux.ports, idle="park", name=name) as app,
     ):
         app.control.add("verify", handler(linux.mirror))
-        shown = CliRunner().invoke(command, ["verified"])
+        shown = CliRunner().invoke(command, [name])
         assert shown.exit_code == 0, shown.output
         assert "no difference" in shown.output
         assert f" {len(linux.mirror.state.rib)} IPv4 routes" in shown.output
         linux.mirror.call(lambda: linux.routes.fib.__delitem__("10.0.1.0/24"))
-        shown = CliRunner().invoke(command, ["verified", "--json"])
+        shown = CliRunner().invoke(command, [name, "--json"])
         assert shown.exit_code == 1
         found = json.loads(shown.output)
         assert found["differences"] == 1

@@ -104,7 +104,7 @@ def test_a_worker_is_added_while_another_forwards(net: Crossroads, router: Calla
 def test_more_workers_than_queues_are_refused(router: Callable[..., Instance]) -> None:
     with Lab() as lab, contextlib.ExitStack() as undo:
         net = Crossroads(lab)
-        app = Instance.faulty(net.router, undo, "one-queue", ["r0", "r1"], CORES[0], {"kick": "inline"})
+        app = Instance.faulty(net.router, undo, f"one-queue-{os.getpid()}", ["r0", "r1"], CORES[0], {"kick": "inline"})
         answer = app.tell(f"add-worker {CORES[1]}")
         assert answer["error"] == "BadInput"
         assert answer["said"].startswith("r0 has 1 queues, too few for 2 workers; use at most 1 cores")
