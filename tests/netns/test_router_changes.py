@@ -43,8 +43,15 @@ class Net(Crossroads):
         wait_until(lambda: all(self.router.has_carrier(port) for port in self.PORTS))
 
 
+def two_or_full(workers: int) -> None:
+    """With two workers there is all that there is with one, twice."""
+    if workers == 1 and len(os.sched_getaffinity(0)) > 1 and not os.environ.get("LIBFP_FULL"):
+        pytest.skip("with two workers, and with one only if LIBFP_FULL is set")
+
+
 @pytest.fixture(scope="module")
 def running(workers: int) -> Iterator[tuple[Net, RouterProcess]]:
+    two_or_full(workers)
     with Lab() as lab:
         net = Net(lab, workers)
         with RouterProcess(net.router, *net.PORTS, *net.options) as process:
@@ -292,8 +299,7 @@ def impatient(workers: int) -> Iterator[tuple[Net, RouterProcess]]:
 
     Not in less than delay_first_probe_time: Linux would then go on probing on its own.
     """
-    if workers == 1 and len(os.sched_getaffinity(0)) > 1 and not os.environ.get("LIBFP_FULL"):
-        pytest.skip("waits for the kernel's clocks: with two workers, and with one only if LIBFP_FULL is set")
+    two_or_full(workers)
     with Lab() as lab:
         net = Net(lab, workers)
         for port in net.PORTS:
