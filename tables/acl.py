@@ -24,7 +24,7 @@ from libfp.jit.memory import view
 from libfp.tables import acl_build as make
 from libfp.tables import acl_cut as fields_of
 from libfp.tables.acl_effort import effort
-from libfp.tables.acl_layout import HAS_PORTS, TREES, find, leaf_bytes, record, unit
+from libfp.tables.acl_layout import HAS_PORTS, TREES, find, leaf_size, record_size, unit_size
 from libfp.tables.acl_rule import SCTP, Rule, encode
 from libfp.tables.acl_vector import lookup64
 from libfp.tables.table import Table
@@ -127,19 +127,19 @@ class Acl(Table, MutableMapping[int, Rule]):
         return AclView(cell, self._addresses)
 
     def _no_records(self) -> np.ndarray:
-        return np.zeros((0, record(self._addresses) // 4), np.uint32)
+        return np.zeros((0, record_size(self._addresses) // 4), np.uint32)
 
     def _make(self) -> Words:
         """The words of a table that is yet to be built."""
         addresses = self._addresses
-        least = unit(addresses) // 8
-        reserved = -(-(leaf_bytes(addresses) // 8 + TREES) // least) * least
+        least = unit_size(addresses) // 8
+        reserved = -(-(leaf_size(addresses) // 8 + TREES) // least) * least
         words = Words(min(_ROOM + _WORDS * self.capacity, _UNITS[self._version] * least), reserved)
         listed = 4 * _LISTED * self.capacity + (1 << 20)
         stack = words.extra(listed)
         values = {
             fields_of.ADDRESSES: addresses,
-            fields_of.RULES: words.extra(record(addresses) * (self.capacity + 1)),
+            fields_of.RULES: words.extra(record_size(addresses) * (self.capacity + 1)),
             fields_of.ORDER: words.extra(4 * self.capacity + 8),
             fields_of.STACK: stack,
             fields_of.STACK_END: stack + listed,
@@ -211,7 +211,7 @@ class Acl(Table, MutableMapping[int, Rule]):
     def _again(self) -> None:
         """Make the trees anew, out of all rules."""
         order = sorted(self._rules)
-        fields, size = self._words.fields, record(self._addresses)
+        fields, size = self._words.fields, record_size(self._addresses)
         made = len(self._rules) + len(self._spare)
         every = np.frombuffer(view(fields[fields_of.RULES // 8], max(made, 1) * size), np.uint32).reshape(-1, size // 4)
         self._swap(every[[self._numbers[one] for one in order]])

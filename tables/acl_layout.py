@@ -32,16 +32,17 @@ def rows(addresses):  # type: ignore[no-untyped-def]
     return 2 * addresses + 4
 
 
-@kernel
-def record(addresses):  # type: ignore[no-untyped-def]
-    """Bytes of a rule's record."""
+def record_size(addresses: int) -> int:
+    """Bytes of a rule's record. `record`, where code is compiled."""
     return 4 * (2 * addresses + 6)
 
 
-@kernel
-def unit(addresses):  # type: ignore[no-untyped-def]
-    """Bytes that `where` of an entry counts: what nodes and leaves are aligned to."""
+def unit_size(addresses: int) -> int:
+    """Bytes that `where` of an entry counts: what nodes and leaves are aligned to. `unit`, where code is compiled."""
     return 64 if addresses == 2 else 128
+
+
+record, unit = kernel(record_size), kernel(unit_size)
 
 
 @kernel
@@ -55,6 +56,12 @@ def leaf_bytes(addresses):  # type: ignore[no-untyped-def]
     """Bytes of a leaf."""
     size = ROW * (2 * addresses + 4) + 8 * LANES
     return (size + unit(addresses) - 1) & -unit(addresses)
+
+
+def leaf_size(addresses: int) -> int:
+    """`leaf_bytes`, without compiling it."""
+    unit = unit_size(addresses)
+    return -(-(ROW * (2 * addresses + 4) + 8 * LANES) // unit) * unit
 
 
 @kernel

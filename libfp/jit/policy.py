@@ -88,7 +88,8 @@ class Inner(CompilerBase):
 
     def compile_extra(self, func: Any) -> Any:
         state = self.state
-        name = "" if BOUNDSCHECK else parts.name_of(func, state.args, state.flags)
+        plain = not (BOUNDSCHECK or state.return_type or state.locals)
+        name = parts.name_of(func, state.args, state.flags) if plain else ""
         if not name:
             return super().compile_extra(func)
         made = parts.load(name, state, _InnerLibrary)

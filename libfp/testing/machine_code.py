@@ -83,7 +83,8 @@ class _State:
 def compile_afresh(function: Callable[..., Any], arguments: Iterable[Any]) -> tuple[str, str]:
     """Compile a kernel (or a plain function) for `arguments`, past all caches: its assembly text and its entry's name.
 
-    Options are those of `libfp.jit.kernel`. Raises Unsupported where nothing is compiled.
+    It is linked from the same parts as when it runs, which may have been kept (`libfp.jit.parts`). Options are those
+    of `libfp.jit.kernel`. Raises Unsupported where nothing is compiled.
     """
     if policy.INTERPRETED:
         raise Unsupported("there is no machine code with NUMBA_DISABLE_JIT=1", "unset it")
