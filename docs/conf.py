@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"libfp\.[\w.]+\.[A-Z]"),  # type variables
     # what only the engine and tables hand to each other
     (r"py:class", r"libfp\.(tables\.words\.Words|tables\.table\.Subscriber|engine\.replicas\.Replicas)"),
-    (r"py:class", r"libfp\.(stages\.routes\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
+    (r"py:class", r"libfp\.(stages\.next_hops\.NextHopsView|ports\.rings\.RingAddresses|jit\.cache\.Entry)"),
     (r"py:class", r"libfp\.ports\.(rings\.PortBlocks|frames\.BlockWords|memif_rings\.MemifRings)"),
     (r"py:class", r"libfp\.apps\.ipsec\.(record\.SasView|policies\.PoliciesView)"),
 ]
