@@ -21,7 +21,7 @@ TOGETHER = (
     "unit", "model", "proofs/test_machine_code.py", "proofs/test_memif.py", "stress/test_replicas.py",
     "stress/test_rings.py", "stress/test_shared_ring.py", "netns/test_demo.py", "netns/test_ethtool.py",
     "netns/test_example_gateway.py", "netns/test_examples.py", "netns/test_firewall_kernel.py",
-    "netns/test_firewall_nft.py", "netns/test_firewall_run.py", "netns/test_guard.py", "netns/test_handoff.py",
+    "netns/test_firewall_nft.py", "netns/test_firewall_run.py", "netns/test_guard.py",
     "netns/test_ipsec_gateways.py", "netns/test_ipsec_policies.py", "netns/test_ipsec_readme.py", "netns/test_lab.py",
     "netns/test_linux.py", "netns/test_mirror.py", "netns/test_mirror_ipv6.py", "netns/test_mirror_oracle.py",
     "netns/test_probe.py", "netns/test_punt.py", "netns/test_pyxdp.py", "netns/test_readme.py",

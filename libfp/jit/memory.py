@@ -43,12 +43,14 @@ regions = np.zeros(1 + 2 * REGION_HALF, np.int64)
 
 
 def register(address: int, size: int) -> None:
-    """Declare `size` bytes at `address` as memory that loads and stores may touch."""
+    """Declare `size` bytes at `address` as memory that loads and stores may touch.
+
+    Regions do not overlap: what was declared of these bytes before is of a mapping that has gone, and is forgotten.
+    """
 
     def add(starts: list[int], ends: list[int]) -> None:
-        at = bisect.bisect_right(starts, address)
-        starts.insert(at, address)
-        ends.insert(at, address + size)
+        begin, end = bisect.bisect_right(ends, address), bisect.bisect_left(starts, address + size)
+        starts[begin:end], ends[begin:end] = [address], [address + size]
 
     _change(add)
 

@@ -162,7 +162,7 @@ def test_what_goes_wrong_is_one_line(name: str, tmp_path: Path, capsys: pytest.C
         assert err.startswith(f"{name}.py: ")
         assert err.count("\n") == 1
     assert run(program.main, f"{name}.py", []) == 2
-    assert ("no --config" if name == "gateway" else "Missing") in capsys.readouterr().err
+    assert ("no --config" if name == "gateway" else "missing") in capsys.readouterr().err
 
 
 def test_help_is_the_program_s_own_text() -> None:

@@ -185,3 +185,17 @@ def test_a_collected_umem_with_guards_leaves_no_region_behind() -> None:
     del frames
     with pytest.raises(IndexError):
         memory.check(address + 2 * 4096, 8)
+
+
+def test_memory_that_has_gone_untold_hides_no_part_of_what_is_there_now() -> None:
+    """A mapping may end with the object that holds it, and what it was declared as stay behind."""
+    arena = Arena(4096)
+    memory.unregister(arena.address)
+    for start in (-64, 512, 1024, 4064):
+        memory.register(arena.address + start, 128)
+    memory.register(arena.address, 4096)
+    memory.check(arena.address + 768, 8)
+    memory.check(arena.address + 4088, 8)
+    assert not {one for one in memory.known() if arena.address < one[1] <= arena.address + 4192} - {
+        (arena.address, arena.address + 4096)
+    }
