@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 
 import click
+import rich
 from rich.live import Live
 from rich.table import Table
 
@@ -90,11 +91,11 @@ def main(file, interfaces):
     read(file)
     with Linux(*interfaces) as linux:
         pipeline = Pipeline(parse, count(prefixes, prefixes6, counters), forward(linux))
-        with pipeline.start(linux.ports) as app, Live(busiest()) as screen:
-            with suppress(KeyboardInterrupt):  # Ctrl-C while it draws
+        with pipeline.start(linux.ports) as app:
+            with suppress(KeyboardInterrupt), Live(transient=True) as screen:  # Ctrl-C while it draws
                 while app.wait(1):
                     screen.update(busiest())
-            screen.update(busiest())
+            rich.print(busiest())
 
 
 if __name__ == "__main__":
