@@ -31,6 +31,7 @@ class Ring:
 
     view: Any
     arena: Arena
+    _ends: tuple[str, ...] = ("view",)  # attributes that `close` takes away
 
     def __init__(self, size: int, element: int) -> None:
         """Raises BadInput for sizes that no ring has."""
@@ -83,8 +84,15 @@ class Ring:
         return f"{type(self).__name__}({self.size}, element={self.element})"
 
     def close(self) -> None:
-        """Free the memory. Nobody may use the ring, or a view of it, any more."""
+        """Free the memory. Every other call raises BadInput then; compiled code must not use a view of it any more."""
         self.arena.close()
+        for name in self._ends:
+            self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._ends:
+            raise BadInput(f"{self!r} is closed", "make another one")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def _array(self) -> Arena:
         """Room for a ring's content, one for each thread."""

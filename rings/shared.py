@@ -15,15 +15,16 @@ byte of the file, through an open description of its own; the kernel drops it wh
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import struct
+import weakref
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from libfp.errors import AlreadyRunning, BadInput, PeerGone, PeerLied
-from libfp.jit import Arena, load_acquire32, memory, store32, u32
+from libfp.jit import Arena, load_acquire32, store32, u32
+from libfp.jit.memory import SharedMap
 from libfp.rings.ring import Ring
 from libfp.rings.spsc import CONSUMER, OWN, PRODUCER, SEEN, SLOTS, SpscView
 
@@ -49,22 +50,23 @@ class SharedSpsc(Ring):
     is forked while this is open holds its lock, too: attach in the process that uses it.
     """
 
+    _ends = ("view", "fd", "_lock")
+
     def __init__(self, fd: int, side: Side, size: int, element: int) -> None:
         """See `create` and `attach`, which have looked at the file."""
         super().__init__(size, element)
         self.side, self._other = side, "producer" if side == "consumer" else "consumer"
         self._lock = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._take()
-            self._map = mmap.mmap(self._lock, _file_size(size, element))
-        except BaseException:
-            os.close(self._lock)
-            raise
         #: The file; pass it to the other side.
         self.fd = os.dup(fd)
-        self._bytes: Any = np.frombuffer(self._map, np.uint8)
-        base = self._base = self._bytes.ctypes.data + _START
-        memory.register(base, SLOTS + size * element)
+        self._leave = weakref.finalize(self, _leave, self._lock, self.fd)
+        try:
+            self._take()
+            self._map = SharedMap(self._lock, _file_size(size, element))
+        except BaseException:
+            self._leave()
+            raise
+        base = self._map.address + _START
         self.arena = Arena(256)
         own = {"producer": self.arena.address, "consumer": self.arena.address + 128}
         self.view = SpscView(base, own["producer"], own["consumer"], size, element)
@@ -129,8 +131,8 @@ class SharedSpsc(Ring):
 
         What a peer that has gone did publish can be taken out all the same.
         """
-        ours = load_acquire32(self._base + _INDEX[self.side])
-        theirs = load_acquire32(self._base + _INDEX[self._other])
+        ours = load_acquire32(self.view.base + _INDEX[self.side])
+        theirs = load_acquire32(self.view.base + _INDEX[self._other])
         if u32(theirs - ours if self.side == "consumer" else ours - theirs) > self.size:
             raise PeerLied(f"the {self._other}'s index is {theirs}, ours {ours}, of {self.size}", "close the ring")
         if not self.peer_alive:
@@ -149,14 +151,9 @@ class SharedSpsc(Ring):
         return self._only("consumer", super().dequeue_bulk)(count)
 
     def close(self) -> None:
-        """Leave this side, and unmap. The view must not be used any more."""
-        if self._map.closed:
-            return
-        memory.unregister(self._base)
-        del self._bytes
+        """Leave this side, and unmap; what `Ring.close` says. So does the end of the object."""
         self._map.close()
-        os.close(self._lock)
-        os.close(self.fd)
+        self._leave()
         super().close()
 
     def _take(self) -> None:
@@ -175,6 +172,11 @@ class SharedSpsc(Ring):
 def _check_side(side: str) -> None:
     if side not in _INDEX:
         raise BadInput(f"a ring's {side!r}", "its sides are producer and consumer")
+
+
+def _leave(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _file_size(size: int, element: int) -> int:

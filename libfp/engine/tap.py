@@ -12,10 +12,8 @@ whose worker does not run, may be given back.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
-import mmap
 import os
 import threading
 import time
@@ -40,7 +38,7 @@ from libfp.jit import (
     u32,
     unlikely,
 )
-from libfp.jit import memory as _memory
+from libfp.jit.memory import PAGE, SharedMap
 from libfp.packet.burst import BURST, FIRST, KIND, LENDER, LENGTH, MARK, NEXT_HOP, VERDICT, Burst
 from libfp.packet.verdict import FORWARD, KIND_SHIFT
 
@@ -223,16 +221,14 @@ class Shared:
         self.fd = os.memfd_create("libfp-tap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self.map = mmap.mmap(self.fd, size)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        _memory.register(self.address, size)
+        self.map = SharedMap(self.fd, size)
+        self.address = self.map.address
 
     def close(self) -> None:
         if self.fd >= 0:
-            _memory.unregister(self.address)
+            self.map.close()
             os.close(self.fd)
             self.fd = -1
-            self.map.close()
 
 
 class Block:
@@ -317,7 +313,7 @@ class Taps:
         """Count ticks by part of the loop in a page a worker, until as many have called `close_clock`."""
         with self._lock:
             if not self._pages:
-                self._pages = _shared(len(self._workers()), max(PAIR * (STAGE_ROW + self._stages), mmap.PAGESIZE))
+                self._pages = _shared(len(self._workers()), max(PAIR * (STAGE_ROW + self._stages), PAGE))
             self._timed += 1
             if self._timed == 1:
                 self._switch()

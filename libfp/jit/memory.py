@@ -130,11 +130,40 @@ def view(address: int, size: int) -> memoryview:
     return found
 
 
-class Arena:
+class _Mapping:
+    """`size` bytes at `address` between two guard pages. Freed by `close` or with the object."""
+
+    size: int
+    address: int
+
+    def _own(self, start: int, total: int) -> None:
+        """These are the pages, guards and all; `size` and `address` are set."""
+        register(self.address, self.size)
+        self._finalizer = weakref.finalize(self, _release, start, total)
+        self._finalizer.atexit = False  # a thread that nobody could stop may use it until the process has ended
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes as a memoryview; not to be used after `close`."""
+        if not self._finalizer.alive:
+            raise ValueError(f"memory of {self.size} bytes that has been freed")
+        return view(self.address, self.size)
+
+    @property
+    def words(self) -> np.ndarray:
+        """The same as an int64 array; not to be used after `close`."""
+        return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
+
+    def close(self) -> None:
+        """Unmap; a later access through an old address faults."""
+        self._finalizer()
+
+
+class Arena(_Mapping):
     """One anonymous, zeroed mapping between two guard pages; it never moves.
 
     `size` bytes are reserved and populated by use. `huge` asks for 2 MiB pages, which a table of megabytes wants.
-    `address` is where it begins, aligned to the page size (2 MiB when `huge`). Freed by `close` or with the object.
+    `address` is where it begins, aligned to the page size (2 MiB when `huge`).
     `flush_end` puts the usable bytes against the upper guard page (so `address` is only 8-byte aligned).
     """
 
@@ -155,30 +184,14 @@ class Arena:
             _madvise(base, room, _MADV_HUGEPAGE)
         self.size = size
         self.address = base + (room - size) // 8 * 8 if flush_end else base
-        register(self.address, size)
-        self._finalizer = weakref.finalize(self, _release, start, total)
-        self._finalizer.atexit = False  # a thread that nobody could stop may use it until the process has ended
-
-    @property
-    def buffer(self) -> memoryview:
-        """All bytes as a memoryview; not to be used after `close`."""
-        return view(self.address, self.size)
-
-    @property
-    def words(self) -> np.ndarray:
-        """The arena as an int64 array; not to be used after `close`."""
-        return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
-
-    def close(self) -> None:
-        """Unmap; a later access through an old address faults."""
-        self._finalizer()
+        self._own(start, total)
 
 
-class SharedMap:
+class SharedMap(_Mapping):
     """The first `size` bytes of the file `fd`, shared with whoever maps it too, between two guard pages.
 
     The file must be as large, and stay so: what lies beyond its end ends the process that touches it (SIGBUS). `fd` may
-    be closed. Freed by `close` or with the object. Raises MemoryError.
+    be closed. Raises MemoryError.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -192,13 +205,7 @@ class SharedMap:
         if _mmap(self.address, size, both, how, fd, 0) == _MAP_FAILED:
             _munmap(start, total)
             raise MemoryError(f"cannot map {size} bytes of file descriptor {fd}")
-        register(self.address, size)
-        self._finalizer = weakref.finalize(self, _release, start, total)
-        self._finalizer.atexit = False
-
-    def close(self) -> None:
-        """Unmap; a later access through an old address faults."""
-        self._finalizer()
+        self._own(start, total)
 
 
 def _release(start: int, total: int) -> None:

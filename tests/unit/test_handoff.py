@@ -466,7 +466,7 @@ def test_a_tap_shows_a_packet_where_it_arrived_and_where_it_went_on(app: Applica
     arrive(app, 2)
     wait_until(lambda: app.counters["undecided"] == 1)
     readers = [
-        RingReader(one.map, slots=64, stages=3, snap=60, verdicts=Verdicts(app.pipeline.reasons.verdicts))
+        RingReader(one.map.buffer, slots=64, stages=3, snap=60, verdicts=Verdicts(app.pipeline.reasons.verdicts))
         for one in rings.memory
     ]
     first, second = ([*reader.read()] for reader in readers)

@@ -80,6 +80,16 @@ def test_reset_empties(kind):
 
 
 @kinds
+def test_a_closed_one_says_so(kind):
+    ring = kind(4)
+    ring.close()
+    for call in (lambda: ring.enqueue(1), ring.dequeue, lambda: len(ring), ring.reset, lambda: ring.view):
+        with pytest.raises(BadInput, match="is closed"):
+            call()
+    ring.close()
+
+
+@kinds
 def test_many_laps(kind):
     ring = kind(2)
     for turn in range(600):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from libfp.errors import AlreadyRunning, BadInput, PeerGone, PeerLied
+from libfp.jit import memory
 from libfp.rings import SharedSpsc
 from libfp.rings.shared import _file_size
 
@@ -59,6 +60,28 @@ def test_a_side_does_what_is_its(pair):
         producer.dequeue()
     with pytest.raises(BadInput, match="this is the ring's consumer"):
         consumer.enqueue(1)
+
+
+def test_a_closed_one_says_so(pair):
+    producer, consumer = pair
+    producer.close()
+    for call in (lambda: producer.enqueue(1), lambda: len(producer), producer.check, lambda: producer.peer_alive):
+        with pytest.raises(BadInput, match="is closed"):
+            call()
+    assert not consumer.peer_alive
+
+
+def test_one_that_nobody_has_any_more_leaves_nothing():
+    """Neither its side, nor files, nor memory that compiled code may touch."""
+    producer = SharedSpsc.create(4, side="producer")
+    fds, regions = set(os.listdir("/proc/self/fd")), memory.known()
+    consumer = SharedSpsc.attach(producer.fd, side="consumer")
+    assert producer.peer_alive
+    del consumer
+    assert not producer.peer_alive
+    assert set(os.listdir("/proc/self/fd")) == fds
+    assert memory.known() == regions
+    producer.close()
 
 
 def test_a_side_is_taken_once(pair):
