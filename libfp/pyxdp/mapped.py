@@ -26,7 +26,7 @@ class Rings:
 
     def __init__(self, sizes: RingSizes) -> None:
         sizes.check()
-        self.mapped: list[tuple[int, int]] = []
+        self._mapped: list[tuple[Ring, int, int]] = []
         self.socket = _create()
         try:
             for name, size in sizes._asdict().items():
@@ -45,8 +45,9 @@ class Rings:
         producer, consumer, descs, flags = place
         length = descs + size * (16 if name in ("rx", "tx") else 8)
         base = map_shared(self.socket.fileno(), length, PAGE_OFFSETS[name])
-        self.mapped.append((base, length))
-        return ring(base + producer, base + consumer, base + flags, base + descs, size)
+        made = ring(base + producer, base + consumer, base + flags, base + descs, size)
+        self._mapped.append((made, base, length))
+        return made
 
     def bind(self, device: Device, queue: int, flags: int, shared_fd: int, patience: float) -> None:
         """Bind; while the queue is busy, try again for `patience` seconds (a closed socket's queue is freed late).
@@ -64,8 +65,10 @@ class Rings:
     def close(self) -> None:
         """Close the descriptor and unmap: the kernel keeps the queue until both are done. May be called again."""
         self.socket.close()
-        while self.mapped:
-            unmap(*self.mapped.pop())
+        while self._mapped:
+            ring, base, length = self._mapped.pop()
+            ring.close()
+            unmap(base, length)
 
 
 def _create() -> socket.socket:

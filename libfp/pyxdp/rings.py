@@ -34,6 +34,13 @@ class RingSizes(NamedTuple):
                 raise BadInput(f"a {name} ring of {size} entries", "ring sizes are powers of two")
 
 
+class _Closed:
+    """Instead of words that are not mapped any more."""
+
+    def __getitem__(self, index: int) -> int:
+        raise ValueError("this AF_XDP socket is closed")
+
+
 class Ring:
     """Where a ring lies in memory.
 
@@ -43,8 +50,7 @@ class Ring:
 
     def __init__(self, producer: int, consumer: int, flags: int, descs: int, size: int) -> None:
         self.producer, self.consumer, self.flags, self.descs, self.size = producer, consumer, flags, descs, size
-        self._producer, self._consumer = words32(producer), words32(consumer)
-        self._flags = words32(flags)
+        self._producer, self._consumer, self._flags = words32(producer), words32(consumer), words32(flags)
         self._mask = size - 1
 
     def __len__(self) -> int:
@@ -55,6 +61,10 @@ class Ring:
     def need_wakeup(self) -> bool:
         """The kernel sleeps until a system call wakes it (tx: send; fill: recv or poll)."""
         return bool(self._flags[0] & NEED_WAKEUP)
+
+    def close(self) -> None:
+        """It is about to be unmapped: the methods raise ValueError from now on."""
+        self._producer = self._consumer = self._flags = _Closed()
 
 
 class _Producer(Ring):

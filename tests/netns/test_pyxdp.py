@@ -383,7 +383,9 @@ def test_closing_twice_is_harmless_and_using_after_is_an_error(pair):
         sock = Socket("p0", steer="udp dport 9")
         sock.close()
         sock.close()
-        for use in (lambda: sock.send(wire.frame(1)), lambda: sock.recv(0), lambda: sock.poll(0)):
+        rings = [lambda: len(sock.rx), lambda: sock.fill.put([0]), sock.completion.take, lambda: sock.tx.put(0, 60)]
+        rings.append(lambda: sock.wants_kick)
+        for use in (lambda: sock.send(wire.frame(1)), lambda: sock.recv(0), lambda: sock.poll(0), *rings):
             with pytest.raises(ValueError, match="closed"):
                 use()
 
