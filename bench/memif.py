@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -50,7 +50,12 @@ HUGE_PAGES = 128
 INSTALL = "apt-get install -y dpdk"
 _numbers = itertools.count()
 
-#: Case -> frames, what libfp does, what testpmd does (or that it is l3fwd), the claim.
+# How a device of libfp's has its ports: those of every race; and, for one case, those that make the memory themselves.
+SERVER = {"role": "server"}
+COPYING = {"role": "client", "ring_size": RING, "buffer_size": BUFFER}
+MOVING = {**COPYING, "share": "race"}
+
+#: Case -> frames, what libfp does, what testpmd does (or that it is l3fwd, or libfp that copies), the claim.
 CASES: dict[str, tuple[Any, str, str, float | None]] = {
     "64 macswap": (64, "macswap", "macswap", 1.2),
     "64 one route": (64, "one route", "macswap", 1.0),
@@ -60,6 +65,7 @@ CASES: dict[str, tuple[Any, str, str, float | None]] = {
     "imix macswap": (IMIX, "macswap", "macswap", 1.0),
     "64 io": (64, "io", "io", None),
     "64 one route, l3fwd": (64, "one route", "l3fwd", None),
+    "1518 macswap, moved": (1518, "macswap", "copying", None),
 }
 
 
@@ -77,8 +83,7 @@ class Device(Protocol):
 class Ours:
     """A process of libfp's, on core `DUT_CORE`: `bench.device`."""
 
-    def __init__(self, stack: ExitStack, kind: str, sockets: Sequence[str], **port: Any) -> None:
-        port = port or {"role": "server"}
+    def __init__(self, stack: ExitStack, kind: str, sockets: Sequence[str], port: dict[str, Any]) -> None:
         asked = {"kind": kind, "sockets": sockets, "port": port, "core": DUT_CORE, "around": GENERATOR_CORE}
         command = [sys.executable, "-c", "from bench.device import main; main()", json.dumps(asked)]
         pipe, here = subprocess.PIPE, Path(__file__).parent.parent
@@ -123,10 +128,9 @@ def servers(sockets: Sequence[str]) -> list[testpmd.Vdev]:
 class Theirs:
     """testpmd in a mode, as it is fastest: on 2 MiB pages if it can have them, in bursts of 256.
 
-    64-byte macswap, million packets a second: 18.0 with its default (32), 18.8 in bursts of 64, 19.7 to 20.3 of 128,
-    21.0 of 256; with mbcache=512 18.1, with 4,096 buffers in its pool 18.0, as the client 17.4. The client's zero-copy
-    offers huge pages that are not sealed, which we do not map (`libfp.ports.memif_memory`). Its latency is least in
-    bursts of 32: p99 at 5 Mpps 6.05 us, 6.79 in those of 128.
+    Of 64-byte macswap it carries more so than in bursts of 32 (its default), 64 or 128, with mbcache=512, with 4,096
+    buffers in its pool, or as the client, whose zero-copy offers huge pages that are not sealed, which we do not map
+    (`libfp.ports.memif_memory`). Its latency is least in bursts of 32.
     """
 
     def __init__(self, stack: ExitStack, mode: str, sockets: Sequence[str], burst: int) -> None:
@@ -173,11 +177,13 @@ def _on_both_cores(make: Callable[[Sequence[str]], Device], sockets: Sequence[st
 class Side:
     """A device, and the generator on its wire; it runs while it is measured."""
 
-    def __init__(self, stack: ExitStack, make: Callable[[Sequence[str]], Device], ports: int = 2) -> None:
+    def __init__(
+        self, stack: ExitStack, make: Callable[[Sequence[str]], Device], ports: int, role: Literal["server", "client"]
+    ) -> None:
         name = f"@libfp-race-{os.getpid()}-{next(_numbers)}"
         sockets = [name + end for end in ("l", "r")[:ports]]
         left, *right = [
-            MemifPort(f"gen{k}", socket=one, role="client", ring_size=RING, buffer_size=BUFFER)
+            MemifPort(f"gen{k}", socket=one, role=role, ring_size=RING, buffer_size=BUFFER)
             for k, one in enumerate(sockets)
         ]
         self._traffic = Traffic()
@@ -276,10 +282,11 @@ class Race:
         self._traffics = dict[str, Traffic]()
         self.half = 0.0
 
-    def ours(self, kind: str) -> Side:
+    def ours(self, kind: str, port: dict[str, Any] = SERVER) -> Side:
         """libfp as a device of that kind (`bench.device.PIPELINES`), or as a sink."""
-        ports = 1 if kind == "sink" else 2
-        return self._side(("ours", kind), lambda sockets: Ours(self._stack, kind, sockets), ports)
+        ports: int = 1 if kind == "sink" else 2
+        role: Literal["server", "client"] = "client" if port["role"] == "server" else "server"
+        return self._side((kind, str(port)), lambda sockets: Ours(self._stack, kind, sockets, port), ports, role)
 
     def theirs(self, mode: str, burst: int = BURST) -> Side:
         name = mode if burst == BURST else f"{mode} {burst}"
@@ -291,9 +298,16 @@ class Race:
 
         return self._side(("theirs", name), make)
 
-    def _side(self, name: tuple[str, str], make: Callable[[Sequence[str]], Device], ports: int = 2) -> Side:
+    def _side(
+        self,
+        name: tuple[str, str],
+        make: Callable[[Sequence[str]], Device],
+        ports: int = 2,
+        role: Literal["server", "client"] = "client",
+    ) -> Side:
+        """The side of that name, with its number of ports; `role` is the generator's."""
         if name not in self._sides:
-            self._sides[name] = Side(self._stack, make, ports)
+            self._sides[name] = Side(self._stack, make, ports, role)
         return self._sides[name]
 
     def traffic(self, size: Any, table: bool = False) -> Traffic:
@@ -331,12 +345,12 @@ class Race:
             sink = self.ours("sink")
             sink.load(self.traffic(size, kind == "full table"))
             alone.append(sink.rates()[0])
-            measured = rate("ours", self.ours(kind))
+            measured = rate("ours", self.ours(kind, MOVING if mode == "copying" else SERVER))
             judge()
             return measured
 
         def theirs() -> float:
-            measured = rate("theirs", self.theirs(mode))
+            measured = rate("theirs", self.ours(kind, COPYING) if mode == "copying" else self.theirs(mode))
             judge()
             return measured
 
@@ -355,9 +369,11 @@ class Race:
         return case
 
     def _about(self, size: Any, kind: str, mode: str) -> str:
-        said = ["l3fwd"]
-        if mode != "l3fwd":
-            said = [f"testpmd {mode} in bursts of {BURST}, the fastest that was found"]
+        said = [f"testpmd {mode} in bursts of {BURST}, the fastest that was found"]
+        if mode == "l3fwd":
+            said = ["l3fwd"]
+        elif mode == "copying":
+            said = ["clients of the generator: ours share a region of buffers, the copying one's do not"]
         side = self._sides.get(("theirs", mode))
         if side is not None and isinstance(side.device, Theirs):
             said.append("2 MiB pages" if side.device.huge else "4 KiB pages, since no 2 MiB could be had")
@@ -445,7 +461,9 @@ def cases() -> Iterator[Case]:
     with preferred({GENERATOR_CORE}), ExitStack() as stack:
         race = Race(stack)
         for name, (_, _, mode, _) in CASES.items():
-            if mode != "l3fwd":
+            if mode == "copying":
+                yield race.case(name, "libfp, copying")
+            elif mode != "l3fwd":
                 yield race.case(name, "testpmd" if peer else "")
             elif l3fwd.program():
                 yield race.case(name, mode)
