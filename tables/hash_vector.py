@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from libfp.jit import store64
-from libfp.jit.lanes import HALVES, LANES, WORDS, gather, load, mask, same, splat, store, unary
+from libfp.jit.lanes import HALVES, LANES, WORDS, bring_next, gather, load, mask, same, splat, store, unary
 from libfp.jit.primitive import I8, I64, declare, primitive
 from libfp.tables.buckets import EDGE, HALF, K2, K3, SECRETS, SLOTS, SPAN, TAGS, K, entry_words, value_at
 
@@ -203,6 +203,8 @@ def _emitter(groups: int) -> Any:
         second, defaults = ir.Constant(I64, 0), splat(builder, default, WORDS)
         for turn in range(groups + _AHEAD):
             if turn < groups:
+                if groups > 1:
+                    bring_next(builder, at[turn], 8 * LANES * count)
                 hashed = table.hash(table.keys(at[turn]))
                 bucket = table.bucket(hashed)
                 tags_at = table.tags_at(bucket)

@@ -12,9 +12,9 @@ from libfp.jit.lanes import (
     LANES,
     MASK,
     WORDS,
+    bring_next,
     gather_some,
     load,
-    prefetch,
     same,
     splat,
     store,
@@ -24,8 +24,6 @@ from libfp.jit.lanes import (
 from libfp.jit.primitive import I32, I64, primitive
 from libfp.tables.lpm4_slot import DEEPER, SLOT_BITS, SLOTS, WHERE
 
-_AHEAD = 512  # bytes: keys of the burst after the next
-
 
 def _emitter(groups: int) -> Any:
     """Emits the lookup of so many groups of eight, a step of all before the next: many loads are on their way."""
@@ -33,8 +31,8 @@ def _emitter(groups: int) -> Any:
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
         slots, always = builder.add(base, ir.Constant(I64, 8 * SLOTS)), same(MASK, 1)
         offsets = [ir.Constant(I64, 4 * LANES * i) for i in range(groups)]
-        for line in range(4 if groups > 1 else 0):
-            prefetch(builder, builder.add(keys, ir.Constant(I64, _AHEAD + 64 * line)))
+        if groups > 1:
+            bring_next(builder, keys, 4 * LANES * groups)
         key = [builder.zext(load(builder, builder.add(keys, offset), HALVES), WORDS) for offset in offsets]
         index = [builder.lshr(one, same(WORDS, 32 - SLOT_BITS)) for one in key]
         word = [gather_some(builder, slots, one, always, same(WORDS, 0)) for one in index]

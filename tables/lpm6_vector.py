@@ -12,10 +12,10 @@ from libfp.jit.lanes import (
     LANES,
     MASK,
     WORDS,
+    bring_next,
     gather_some,
     have,
     load,
-    prefetch,
     same,
     splat,
     store,
@@ -28,7 +28,6 @@ from libfp.tables.lpm6_block import BITMAP, ROOT_BITS, ROOTS, STEP, WHERE, WIDE,
 #: Where the last block ends that they look into: one of values, below so many that lead on.
 REACH = 48
 _STEPS = (REACH - ROOT_BITS) // STEP - 1
-_AHEAD = 1024  # bytes: the next burst's keys
 
 
 def _first(builder: Any, roots: Any, keys: Any) -> tuple[Any, Any, Any]:
@@ -69,9 +68,8 @@ def _emitter(groups: int) -> Any:
     def emit(context: Any, builder: Any, base: Any, keys: Any, results: Any) -> Any:
         roots = builder.add(base, ir.Constant(I64, 8 * ROOTS))
         starts = [builder.add(keys, ir.Constant(I64, 16 * LANES * i)) for i in range(groups)]
-        for start in starts if groups > 1 else []:
-            for i in range(2):
-                prefetch(builder, builder.add(start, ir.Constant(I64, _AHEAD + 8 * LANES * i)))
+        if groups > 1:
+            bring_next(builder, keys, 16 * LANES * groups)
         lanes = [_first(builder, roots, at) for at in starts]
         for step in range(_STEPS):
             lanes = [_next(builder, base, *one, step) for one in lanes]
@@ -109,5 +107,5 @@ def lookup8(base: int, keys: int, results: int) -> int:
 
 @primitive(_emitter(8))
 def lookup64(base: int, keys: int, results: int) -> int:
-    """The same of 64 addresses; the 64 keys behind them are asked for, as likely the next ones."""
+    """The same of 64 addresses."""
     return _plain(base, keys, results, 64)

@@ -15,6 +15,7 @@ LANES = 8
 WORDS, HALVES = ir.VectorType(I64, LANES), ir.VectorType(I32, LANES)
 MASK, _POINTERS = ir.VectorType(ir.IntType(1), LANES), ir.VectorType(I8.as_pointer(), LANES)
 
+_PAGE = 4096
 _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 _MASKS = "+avx512f" in _FEATURES.split(",")
 
@@ -73,6 +74,12 @@ def prefetch(builder: Any, address: Any) -> None:
     function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
     hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to read, kept in all caches, data
     builder.call(function, [builder.inttoptr(address, I8.as_pointer()), *hint])
+
+
+def bring_next(builder: Any, keys: Any, size: int) -> None:
+    """Ask for `size` bytes of the keys a page on, likely soon the next ones: processors do not look beyond a page."""
+    for at in range(0, size, 64):
+        prefetch(builder, builder.add(keys, ir.Constant(I64, _PAGE + at)))
 
 
 def unary(builder: Any, name: str, value: Any) -> Any:
