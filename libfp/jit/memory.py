@@ -130,40 +130,11 @@ def view(address: int, size: int) -> memoryview:
     return found
 
 
-class _Mapping:
-    """`size` bytes at `address` between two guard pages. Freed by `close` or with the object."""
-
-    size: int
-    address: int
-
-    def _own(self, start: int, total: int) -> None:
-        """These are the pages, guards and all; `size` and `address` are set."""
-        register(self.address, self.size)
-        self._finalizer = weakref.finalize(self, _release, start, total)
-        self._finalizer.atexit = False  # a thread that nobody could stop may use it until the process has ended
-
-    @property
-    def buffer(self) -> memoryview:
-        """All bytes as a memoryview; not to be used after `close`."""
-        if not self._finalizer.alive:
-            raise ValueError(f"memory of {self.size} bytes that has been freed")
-        return view(self.address, self.size)
-
-    @property
-    def words(self) -> np.ndarray:
-        """The same as an int64 array; not to be used after `close`."""
-        return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
-
-    def close(self) -> None:
-        """Unmap; a later access through an old address faults."""
-        self._finalizer()
-
-
-class Arena(_Mapping):
+class Arena:
     """One anonymous, zeroed mapping between two guard pages; it never moves.
 
     `size` bytes are reserved and populated by use. `huge` asks for 2 MiB pages, which a table of megabytes wants.
-    `address` is where it begins, aligned to the page size (2 MiB when `huge`).
+    `address` is where it begins, aligned to the page size (2 MiB when `huge`). Freed by `close` or with the object.
     `flush_end` puts the usable bytes against the upper guard page (so `address` is only 8-byte aligned).
     """
 
@@ -186,12 +157,34 @@ class Arena(_Mapping):
         self.address = base + (room - size) // 8 * 8 if flush_end else base
         self._own(start, total)
 
+    def _own(self, start: int, total: int) -> None:
+        """These are the pages, guards and all; `size` and `address` are set."""
+        register(self.address, self.size)
+        self._finalizer = weakref.finalize(self, _release, start, total)
+        self._finalizer.atexit = False  # a thread that nobody could stop may use it until the process has ended
 
-class SharedMap(_Mapping):
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes as a memoryview, not to be used after `close`. Raises ValueError then."""
+        if not self._finalizer.alive:
+            raise ValueError(f"memory of {self.size} bytes that has been freed")
+        return view(self.address, self.size)
+
+    @property
+    def words(self) -> np.ndarray:
+        """The same as an int64 array."""
+        return np.frombuffer(self.buffer[: self.size // 8 * 8], np.int64)
+
+    def close(self) -> None:
+        """Unmap; a later access through an old address faults."""
+        self._finalizer()
+
+
+class SharedMap(Arena):
     """The first `size` bytes of the file `fd`, shared with whoever maps it too, between two guard pages.
 
     The file must be as large, and stay so: what lies beyond its end ends the process that touches it (SIGBUS). `fd` may
-    be closed. Raises MemoryError.
+    be closed. Freed as an arena. Raises MemoryError.
     """
 
     def __init__(self, fd: int, size: int) -> None:

@@ -65,6 +65,14 @@ def test_memory_is_populated_by_use() -> None:
     arena.close()
 
 
+def test_what_has_been_freed_is_not_shown() -> None:
+    arena = Arena(100)
+    arena.close()
+    for name in ("buffer", "words"):
+        with pytest.raises(ValueError, match="100 bytes that has been freed"):
+            getattr(arena, name)
+
+
 @pytest.mark.parametrize("by", ["close", "collection"])
 def test_given_back(by: str) -> None:
     arena = Arena(100)
