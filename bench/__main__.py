@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from bench import report
 from bench.harness import run
 from libfp.errors import BadInput, Error
+from libfp.testing.netns import sweep
 
 #: Name -> module with ``cases()``.
 BENCHES = {
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         if name not in BENCHES:
             raise BadInput(f"no bench {name!r}", f"there are: {', '.join(BENCHES)}")
+    sweep()  # a bench that was killed has left its devices, stopped
     ran = 0
     for name in names or BENCHES:
         module = importlib.import_module(f"bench.{name}")

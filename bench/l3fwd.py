@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench.processes import prefer
 from libfp.errors import Error
+from libfp.testing.netns import marked
 from libfp.testing.testpmd import Vdev
 from libfp.testing.wait import wait_until
 
@@ -48,7 +49,7 @@ class L3fwd:
             *("--relax-rx-offload", *(f"--{name}={folder / name}" for name in rules)),
         ]
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, env=marked(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         stack.callback(self._close)
         self._wait_said("Checking link status")  # its sockets are there
 

@@ -36,6 +36,7 @@ from libfp.gen.histogram import Histogram
 from libfp.gen.report import Report
 from libfp.ports.memif import MemifPort
 from libfp.testing import testpmd
+from libfp.testing.netns import marked
 
 GENERATOR_CORE, DUT_CORE = 0, 1
 RING, BUFFER = 1024, 2048  # packets, bytes
@@ -87,9 +88,8 @@ class Ours:
         asked = {"kind": kind, "sockets": sockets, "port": port, "core": DUT_CORE, "around": GENERATOR_CORE}
         command = [sys.executable, "-c", "from bench.device import main; main()", json.dumps(asked)]
         pipe, here = subprocess.PIPE, Path(__file__).parent.parent
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, cwd=here, start_new_session=True, preexec_fn=lambda: prefer(os.getpid())
-        )
+        first: Any = {"start_new_session": True, "preexec_fn": lambda: prefer(os.getpid())}
+        self._process = subprocess.Popen(command, env=marked(), stdin=pipe, stdout=pipe, cwd=here, **first)
         self._kind = kind
         stack.callback(self._close)
         assert self._process.stdout is not None

@@ -30,6 +30,7 @@ from libfp.errors import Error
 from libfp.jit import clock_hz, load64, store64
 from libfp.ports.memory import MemoryPort
 from libfp.stages import Forward, Routes, forward, parse
+from libfp.testing.netns import marked
 
 RING = 512
 KEYS = 1 << 20
@@ -211,9 +212,8 @@ class Team:
     def _start(asked: dict[str, Any]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "bench.team", json.dumps(asked)]
         pipe, here = subprocess.PIPE, Path(__file__).parent.parent
-        return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, cwd=here, start_new_session=True, preexec_fn=_prefer
-        )
+        first: Any = {"start_new_session": True, "preexec_fn": _prefer}
+        return subprocess.Popen(command, env=marked(), stdin=pipe, stdout=pipe, text=True, cwd=here, **first)
 
     @staticmethod
     def _hear(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import struct
 import subprocess
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 IFA_F_NODAD = 2
 MS_REC, MS_SLAVE = 0x4000, 1 << 19
-MARK = "LIBFP_LAB"  # in the environment of every process a Lab starts: "pid:start time" of the Lab's own process
+MARK = "LIBFP_LAB"  # in the environment of what `marked` starts, every process of a Lab's: "pid:start time" of its own
 _lab_numbers = itertools.count(1)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -87,8 +87,14 @@ def _end(pids: set[int], grace: float = 2.0) -> None:
             wait_until(lambda: not alive(), timeout=limit)
 
 
+def marked(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment (this process's, if none is given) of a process to start that is not to outlive this one:
+    `sweep` finds it by that."""
+    return {**(os.environ if env is None else env), MARK: f"{os.getpid()}:{_start_time(os.getpid())}"}
+
+
 def sweep() -> set[int]:
-    """End processes that a Lab started whose own process is dead; returns their pids."""
+    """End processes that were started with `marked`, as all of a Lab's are, by one that is dead; returns their pids."""
     orphans = set()
     for pid in _pids():
         try:
@@ -281,8 +287,7 @@ class Host:
 
     def popen(self, command: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
         """`subprocess.Popen` inside the namespace (the thread that forks is inside: no wrapper, no preexec)."""
-        env = dict(kwargs.pop("env", None) or os.environ)
-        env[MARK] = f"{os.getpid()}:{_start_time(os.getpid())}"
+        env = marked(kwargs.pop("env", None))
         process: subprocess.Popen[Any] = self.call(subprocess.Popen, command, env=env, **kwargs)
         self._processes.append(process)
         return process

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from libfp.errors import BadInput, Error, PeerGone
+from libfp.testing.netns import marked
 from libfp.testing.wait import wait_until
 
 __all__ = ["Testpmd", "Vdev", "installed"]
@@ -97,7 +98,8 @@ class Testpmd:
         ]
         self._screen, far = os.openpty()  # to a pipe it would print in blocks
         try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=far, stderr=far, bufsize=0)
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, env=marked(), stdin=pipe, stdout=far, stderr=far, bufsize=0)
         finally:
             os.close(far)
         self._reader = threading.Thread(target=self._read, name="testpmd", daemon=True)

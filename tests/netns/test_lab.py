@@ -121,10 +121,17 @@ def test_everything_is_removed_after_an_exception():
     assert not [pid for pid in pids if namespace_of(pid) in inodes]
 
 
-def test_what_a_killed_lab_left_is_swept():
+LEAVES = {
+    "a lab": "lab = Lab().__enter__(); process = lab.host('h').popen(['sleep', '60'])",
+    "a bench": "process = subprocess.Popen(['sleep', '60'], env=marked()); process.send_signal(signal.SIGSTOP)",
+}
+
+
+@pytest.mark.parametrize("leaves", LEAVES.values(), ids=LEAVES)
+def test_what_is_left_by_one_that_was_killed_is_swept(leaves):
     script = (
-        "import sys; from libfp.testing.netns import Lab\n"
-        "lab = Lab().__enter__(); process = lab.host('h').popen(['sleep', '60'])\n"
+        "import signal, subprocess, sys; from libfp.testing.netns import Lab, marked\n"
+        f"{leaves}\n"
         "print(process.pid, flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
