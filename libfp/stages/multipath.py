@@ -117,7 +117,8 @@ def is_error6(l4: int, end: int) -> bool:
 @kernel
 def mix(key: int, seed: int) -> int:
     """Every bit of the result depends on every bit of `key` (the finisher of MurmurHash3)."""
-    key = mul64(key ^ seed, 0xFF51AFD7ED558CCD - (1 << 64))
+    key ^= seed
+    key = mul64(key ^ shr64(key, 33), 0xFF51AFD7ED558CCD - (1 << 64))
     key = mul64(key ^ shr64(key, 33), 0xC4CEB9FE1A85EC53 - (1 << 64))
     return shr64(key ^ shr64(key, 33), 8)
 
