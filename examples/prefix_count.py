@@ -93,6 +93,7 @@ def main(file, interfaces):
         pipeline = Pipeline(parse, count(prefixes, prefixes6, counters), forward(linux))
         with pipeline.start(linux.ports) as app:
             with suppress(KeyboardInterrupt), Live(transient=True) as screen:  # Ctrl-C while it draws
+                screen.console.print(f"counting by {len(names) - 1} prefixes; Ctrl-C ends with the table")
                 while app.wait(1):
                     screen.update(busiest())
             rich.print(busiest())

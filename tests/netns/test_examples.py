@@ -105,6 +105,7 @@ def test_prefix_count_counts(net, tmp_path):
             for _ in range(count):
                 sock.sendto(bytes(size), (address, 9))
         wait_until(lambda: counters().received >= before + 60, 10, "all to be counted")
+    assert line(process) == "counting by 3 prefixes; Ctrl-C ends with the table"
     rows = {words[0]: words[1:] for words in map(str.split, end(process).splitlines()) if words}
     assert rows["10.0.2.0/24"] == ["20", str(20 * 142)]
     assert rows["10.0.3.0/24"] == ["30", str(30 * 242)]
