@@ -26,42 +26,35 @@ PROTOCOL_AT, FLAGS_AT = 24, 16
 HAS_PORTS, INTERFACE = 0x8000, 0x7FFF
 
 
-@kernel
-def rows(addresses):  # type: ignore[no-untyped-def]
+# Python calls these; `rows` and so on below are for compiled code: called from Python those would be compiled for it.
+def row_count(addresses: int) -> int:
     """How many u32 of a record a leaf has."""
     return 2 * addresses + 4
 
 
 def record_size(addresses: int) -> int:
-    """Bytes of a rule's record. `record`, where code is compiled."""
+    """Bytes of a rule's record."""
     return 4 * (2 * addresses + 6)
 
 
 def unit_size(addresses: int) -> int:
-    """Bytes that `where` of an entry counts: what nodes and leaves are aligned to. `unit`, where code is compiled."""
+    """Bytes that `where` of an entry counts: what nodes and leaves are aligned to."""
     return 64 if addresses == 2 else 128
 
 
-record, unit = kernel(record_size), kernel(unit_size)
-
-
-@kernel
-def where_at(addresses):  # type: ignore[no-untyped-def]
+def where_bit(addresses: int) -> int:
     """The bit at which `where` begins: there are 4 or 10 dwords to tell apart below it."""
     return 10 if addresses == 2 else 12
 
 
-@kernel
-def leaf_bytes(addresses):  # type: ignore[no-untyped-def]
-    """Bytes of a leaf."""
-    size = ROW * (2 * addresses + 4) + 8 * LANES
-    return (size + unit(addresses) - 1) & -unit(addresses)
-
-
 def leaf_size(addresses: int) -> int:
-    """`leaf_bytes`, without compiling it."""
-    unit = unit_size(addresses)
-    return -(-(ROW * (2 * addresses + 4) + 8 * LANES) // unit) * unit
+    """Bytes of a leaf, in whole units."""
+    size = ROW * (2 * addresses + 4) + 8 * LANES
+    return size + 63 & -64 if addresses == 2 else size + 127 & -128
+
+
+rows, record, unit = kernel(row_count), kernel(record_size), kernel(unit_size)
+where_at, leaf_bytes = kernel(where_bit), kernel(leaf_size)
 
 
 @kernel

@@ -10,7 +10,7 @@ from numba.core import cgutils
 from libfp.jit import load32be, store32
 from libfp.jit.lanes import HALVES, load, mask, same, splat
 from libfp.jit.primitive import I8, I16, I32, I64, declare, primitive
-from libfp.tables.acl_layout import LANES, MISS, ROW, TREES, find, leaf_bytes, rows, unit, where_at
+from libfp.tables.acl_layout import LANES, MISS, ROW, TREES, find, leaf_size, row_count, unit_size, where_bit
 
 GROUP = 16
 _MANY = ir.VectorType(I32, GROUP)
@@ -58,8 +58,8 @@ def _step(builder: Any, addresses: int, base: Any, entry: Any, active: Any, dwor
     shift = builder.and_(builder.lshr(entry, _each(3)), _each(31))
     wanted = builder.sub(builder.shl(_each(2), code), _each(1))
     index = builder.and_(builder.lshr(dword, shift), wanted)
-    where = builder.lshr(entry, _each(where_at(addresses)))
-    at = builder.add(builder.mul(where, _each(unit(addresses) // 4)), index)
+    where = builder.lshr(entry, _each(where_bit(addresses)))
+    at = builder.add(builder.mul(where, _each(unit_size(addresses) // 4)), index)
     return _gather(builder, base, at, active, entry)
 
 
@@ -125,7 +125,7 @@ def _scan(builder: Any, base: Any, leaf: Any, addresses: int, header: Any, ports
         wrong = builder.or_(wrong, builder.bitcast(builder.call(beyond, pair), HALVES))
     found = mask(builder, builder.icmp_signed("==", wrong, same(HALVES, 0)))
     first = builder.cttz(builder.or_(found, _number(1 << (LANES - 1))), ir.Constant(ir.IntType(1), 1))
-    place = builder.add(builder.add(at, _number(ROW * rows(addresses))), builder.shl(first, _number(3)))
+    place = builder.add(builder.add(at, _number(ROW * row_count(addresses))), builder.shl(first, _number(3)))
     word = builder.load(builder.inttoptr(place, I64.as_pointer()))
     word = builder.select(builder.icmp_signed("!=", found, _number(0)), word, _number(MISS))
     where.add_incoming(builder.sub(_number(0), word), builder.block)
@@ -155,7 +155,7 @@ def _emitter(groups: int) -> Any:
             builder.store(ir.Constant(ir.VectorType(I64, LANES), [MISS] * LANES), to).align = 8
         builder.store(_number(0), tree)
         with _Loop(builder) as trees:
-            at = builder.add(base, _number(leaf_bytes(known)))
+            at = builder.add(base, _number(leaf_size(known)))
             at = builder.add(at, builder.shl(builder.load(tree), _number(3)))
             root = builder.load(builder.inttoptr(at, I64.as_pointer()))
             with builder.if_then(builder.icmp_signed("!=", root, _number(0))):
@@ -183,8 +183,8 @@ def _emitter(groups: int) -> Any:
                     four = builder.shl(k, _number(2))
                     entry = builder.load(builder.inttoptr(builder.add(entries_at, four), I32.as_pointer()))
                     asked = builder.load(builder.inttoptr(builder.add(ports_at, four), I32.as_pointer()))
-                    where = builder.lshr(builder.zext(entry, I64), _number(where_at(known)))
-                    leaf = builder.mul(where, _number(unit(known)))
+                    where = builder.lshr(builder.zext(entry, I64), _number(where_bit(known)))
+                    leaf = builder.mul(where, _number(unit_size(known)))
                     header = builder.add(headers, builder.mul(k, _number(size)))
                     word = _scan(builder, base, leaf, known, header, asked)
                     to = builder.inttoptr(builder.add(best_at, builder.shl(k, _number(3))), I64.as_pointer())
