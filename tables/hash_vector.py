@@ -13,13 +13,26 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from libfp.jit import store64
-from libfp.jit.lanes import HALVES, LANES, WORDS, bring_next, gather, load, mask, same, splat, store, unary
+from libfp.jit.lanes import (
+    HALVES,
+    LANES,
+    MASK,
+    WORDS,
+    bring_next,
+    gather,
+    load,
+    mask,
+    prefetch,
+    same,
+    splat,
+    store,
+    unary,
+)
 from libfp.jit.primitive import I8, I64, declare, primitive
 from libfp.tables.buckets import EDGE, HALF, K2, K3, SECRETS, SLOTS, SPAN, TAGS, K, entry_words, value_at
 
 _BYTES = ir.VectorType(I8, 8 * LANES)
 _SPREAD = ir.Constant(ir.VectorType(ir.IntType(32), 8 * LANES), [i & ~7 for i in range(8 * LANES)])
-_TRUTHS = ir.VectorType(ir.IntType(1), LANES)
 _SLOTS = 0x0080808080808080
 
 # Room on the stack, in words: 64 hashes and one for lanes that are not used; where those store; of the keys that are
@@ -68,11 +81,9 @@ def _lanes(builder: Any, vector: Any) -> list[Any]:
 
 
 def _prefetch(builder: Any, addresses: Any, near: int = 3) -> None:
-    """Ask for the lines of eight addresses, 3: in the nearest cache, 2: in the second."""
-    pointer, i32 = I8.as_pointer(), HALVES.element
-    function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, i32, i32, i32)
+    """`prefetch` of eight addresses."""
     for one in _lanes(builder, addresses):
-        builder.call(function, [builder.inttoptr(one, pointer), *(ir.Constant(i32, hint) for hint in (0, near, 1))])
+        prefetch(builder, one, near)
 
 
 class _Table:
@@ -162,7 +173,7 @@ class _Table:
         again, done = builder.append_basic_block("others"), builder.append_basic_block("settled")
         builder.cbranch(_any(builder, first_left), again, done)  # another key's tag is as its own
         builder.position_at_end(again)
-        hit, value, left = builder.phi(_TRUTHS), builder.phi(WORDS), builder.phi(WORDS)
+        hit, value, left = builder.phi(MASK), builder.phi(WORDS), builder.phi(WORDS)
         this, its_value = self.compare(key, self.places(bucket, left, tags_at), left)
         now_hit, now_value = builder.or_(hit, this), builder.select(this, its_value, value)
         now_left = others(this, left)
@@ -171,7 +182,7 @@ class _Table:
             phi.add_incoming(now, again)
         builder.cbranch(_any(builder, now_left), again, done)
         builder.position_at_end(done)
-        hit, value = builder.phi(_TRUTHS), builder.phi(WORDS)
+        hit, value = builder.phi(MASK), builder.phi(WORDS)
         for phi, was, now in (hit, first_hit, now_hit), (value, first_value, now_value):
             phi.add_incoming(was, before)
             phi.add_incoming(now, again)
@@ -221,7 +232,7 @@ def _emitter(groups: int) -> Any:
                 with no:
                     _prefetch(builder, places[i])
             shift = builder.add(builder.and_(builder.lshr(hashed, same(WORDS, 8)), same(WORDS, 7)), same(WORDS, 56))
-            there = mask(builder, builder.trunc(builder.lshr(tags, shift), _TRUTHS))
+            there = mask(builder, builder.trunc(builder.lshr(tags, shift), MASK))
             second = builder.or_(second, builder.shl(there, ir.Constant(I64, LANES * i)))
             store(builder, _at(builder, room, LANES * i), hashed)
             store(builder, to[i], defaults)

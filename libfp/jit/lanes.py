@@ -69,10 +69,11 @@ def gather_some(builder: Any, base: Any, offsets: Any, wanted: Any, others: Any)
     return builder.select(wanted, there, others)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the line at `address`, which need not be anywhere: a hint reads nothing."""
+def prefetch(builder: Any, address: Any, near: int = 3) -> None:
+    """Ask for the line at `address`, which need not be anywhere: a hint reads nothing. `near`: 3, into the nearest
+    cache; 2, into the second."""
     function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
-    hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to read, kept in all caches, data
+    hint = [ir.Constant(I32, n) for n in (0, near, 1)]  # to read; data
     builder.call(function, [builder.inttoptr(address, I8.as_pointer()), *hint])
 
 
