@@ -86,6 +86,8 @@ class Inner(CompilerBase):
     What is libfp's own is compiled once and kept (`libfp.jit.parts`).
     """
 
+    _kept_as = ""
+
     def compile_extra(self, func: Any) -> Any:
         state = self.state
         plain = not (BOUNDSCHECK or state.return_type or state.locals)
@@ -100,8 +102,8 @@ class Inner(CompilerBase):
         return made
 
     def _compile_bytecode(self) -> Any:
-        if name := getattr(self, "_kept_as", ""):
-            self.state.func_id.unique_id = int(name[-32:], 16)  # a part of the symbol
+        if self._kept_as:
+            self.state.func_id.unique_id = int(self._kept_as[-32:], 16)  # a part of the symbol
         return super()._compile_bytecode()
 
     def define_pipelines(self) -> list[Any]:
